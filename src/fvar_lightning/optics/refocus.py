@@ -1,6 +1,6 @@
 """Refocus: from an image to the three views of every scale (paper section 3.2, eq. 3-4).
 
-Legend: B batch, S scales, K focus states, h_s side of the view of scale s in pixels.
+Legend: B batch, C colour channels, S scales, K focus states, h_s side of the view of scale s in pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from fvar_lightning.schedule import FocusSchedule
 
 
 class Views(NamedTuple):
-    """What the optics make of a batch: lists of S tensors, the s-th (B, 3, h_s, h_s)."""
+    """What the optics make of a batch: lists of S tensors, the s-th (B, C, h_s, h_s)."""
 
     focused: list[Tensor]
     """L: blurred to the focus state of the scale, then decimated."""
@@ -26,63 +26,72 @@ class Views(NamedTuple):
 
 
 def decimate(images: Tensor, size: int) -> Tensor:
-    """The arrow-down of eq. 3-4: (B, C, H, H) -> (B, C, size, size), size <= H, without any prefilter.
+    """The arrow-down of eq. 3-4: (B, C, H, H) -> (B, C, size, size), without any prefilter.
 
-    Samples at the centres of the coarse pixels, linearly interpolated where they fall between fine ones: the result of
-    `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`.
+    Samples at the centres of the coarse pixels, linearly interpolated where they fall between fine ones: what
+    `F.interpolate(mode="bilinear", align_corners=False, antialias=False)` computes, but at exact positions. There they
+    are float32, which costs up to 1e-4 on images of full contrast at 256 px; here rounding costs 1e-6.
+    Decimating to its own side returns the image itself.
+
+    Raises:
+        ValueError: if the images are not square, or size is not in 1..H.
     """
     side = images.shape[-1]
+    if images.shape[-2] != side or not 1 <= size <= side:
+        raise ValueError(f"size must lie in 1..H of square images (B, C, H, H), got {size} for {tuple(images.shape)}")
     if size == side:
         return images
-    # Positions are fractions of 2 * size: exact in integers, where float32 would be off by up to 1e-5 pixels
-    numerator = (2 * torch.arange(size, device=images.device) + 1) * side - size
-    lower = numerator // (2 * size)
-    weight = (numerator % (2 * size)).to(images.dtype) / (2 * size)
+    # The centres (j + 1/2) side / size - 1/2 in units of 1 / (2 size)
+    centres = (2 * torch.arange(size, device=images.device) + 1) * side - size
+    lower = centres // (2 * size)
     upper = (lower + 1).clamp(max=side - 1)
+    weight = (centres % (2 * size)).to(images.dtype) / (2 * size)
     rows = torch.lerp(images.index_select(-2, lower), images.index_select(-2, upper), weight[:, None])
-    return torch.lerp(rows.index_select(-1, lower), rows.index_select(-1, upper), weight)
+    along = (*rows.shape[:-1], size)
+    return torch.lerp(rows.gather(-1, lower.expand(along)), rows.gather(-1, upper.expand(along)), weight)
 
 
 class Refocus(nn.Module):
-    """Refocused views of a batch of images, on the device and in the dtype of the images.
+    """The views of a batch of images: `Refocus(schedule)(images)`, on the device and in the dtype of the images.
 
-    Each focus state is one product with the spectrum of its point-spread function: one Fourier transform of the
-    reflected image serves all states, one inverse transform each state, and all its scales sample the same result.
-    Nothing here is random: noise on the tokenizer's input (beta_k in the paper) belongs to the tokenizer's training.
+    Blurs in the Fourier domain. One transform of the reflected image serves all focus states, an inverse transform
+    each one of them, and a state's scales all sample the same result: the cost depends on neither the radius nor, much,
+    the number of scales, and float32 stays float32 where convolutions may be rounded to TF32. Half precision is
+    transformed in float32. Differentiable in the images.
+
+    Nothing here is random: the noise on the tokenizer's input (beta_k of the paper) belongs to its training.
 
     Args:
         schedule: scales, focus states and radii.
-        psf: name of a point-spread function (`disk`, `gaussian`, `polygon`, `lanczos`, `none`), or a function like
-            `disk_psf` that takes a radius and a `dtype`.
+        psf: name of a point-spread function (`disk`, `gaussian`, `polygon`, `lanczos`, `none`), or a function that
+            takes a radius and a `dtype` as `disk_psf` does.
 
     Raises:
-        ValueError: if there is no such function, or a kernel reaches further than the image can be reflected.
+        ValueError: if there is no such function, or its kernel reaches further than the image can be reflected.
     """
 
     def __init__(self, schedule: FocusSchedule, psf: str | Callable[..., Tensor] = "disk") -> None:
         super().__init__()
         self.schedule = schedule
         kernels = [
-            psf(r, dtype=torch.float64) if callable(psf) else make_psf(psf, r, dtype=torch.float64)
+            make_psf(psf, r, dtype=torch.float64) if isinstance(psf, str) else psf(r, dtype=torch.float64)
             for r in schedule.state_radii
         ]
-        self.margin = max(kernel.shape[-1] // 2 for kernel in kernels)
-        if self.margin >= schedule.image_size:
+        self._margin = max(kernel.shape[-1] // 2 for kernel in kernels)
+        if self._margin >= schedule.image_size:
             raise ValueError(
-                f"psf {psf!r} at radius {max(schedule.state_radii)} reaches {self.margin} px, "
-                f"which must be less than the image side of {schedule.image_size} px"
+                f"psf {psf!r} reaches {self._margin} px at radius {max(schedule.state_radii)}; "
+                f"images of {schedule.image_size} px can be reflected for {schedule.image_size - 1} px at most"
             )
-        self.side = schedule.image_size + 2 * self.margin
-        self.spectra = [self._spectrum(kernel) if kernel.shape[-1] > 1 else None for kernel in kernels]
-
-    def _spectrum(self, kernel: Tensor) -> Tensor:
-        half = kernel.shape[-1] // 2
-        room = self.side - kernel.shape[-1]
-        centred = F.pad(kernel, (0, room, 0, room)).roll((-half, -half), (0, 1))
-        return torch.fft.rfft2(centred)
+        self._side = _fast_length(schedule.image_size + 2 * self._margin)
+        self._transfer = [None if kernel.numel() == 1 else _spectrum(kernel, self._side) for kernel in kernels]
+        # Not buffers: half-precision modules would round them, and they must follow the images, not the module
+        self._transfer_on: dict[tuple[torch.device, torch.dtype], list[Tensor | None]] = {}
 
     def forward(self, images: Tensor) -> Views:
-        """Views of images (B, C, H, W) in [-1, 1], H = W = the schedule's image size.
+        """The views of images (B, C, H, W) in [-1, 1], H = W = the schedule's image size.
+
+        Sharp views at full size are the images themselves, not copies.
 
         Raises:
             ValueError: if the images have another size.
@@ -90,30 +99,58 @@ class Refocus(nn.Module):
         return self.views(images, self.blur(images))
 
     def views(self, images: Tensor, blurred: Sequence[Tensor]) -> Views:
-        """As `forward`, for somebody who also keeps the K full-size states `blur(images)`."""
-        pairs = list(zip(self.schedule.states, self.schedule.view_sizes, strict=True))
-        focused = [decimate(blurred[state], size) for state, size in pairs]
-        downsampled = [decimate(images, size) for _, size in pairs]
+        """As `forward`, where the K states `blurred = self.blur(images)` are at hand already."""
+        scales = list(zip(self.schedule.states, self.schedule.view_sizes, strict=True))
+        focused = [decimate(blurred[state], size) for state, size in scales]
+        downsampled = [decimate(images, size) for _, size in scales]
         alias = [d - f for d, f in zip(downsampled, focused, strict=True)]
         return Views(focused, downsampled, alias)
 
     def blur(self, images: Tensor) -> list[Tensor]:
-        """The K focus states at full size, each (B, C, H, W); sharp ones are the images themselves.
+        """The K focus states at full size, each (B, C, H, W), the sharp one last: the images themselves.
 
         Raises:
             ValueError: if the images have another size than the schedule's.
         """
-        size = self.schedule.image_size
+        size, margin, side = self.schedule.image_size, self._margin, (self._side, self._side)
         if images.ndim != 4 or images.shape[-2:] != (size, size):
-            raise ValueError(f"images must measure (B, C, {size}, {size}) for this schedule, got {tuple(images.shape)}")
-        m = self.margin
-        work = images if images.dtype == torch.float64 else images.float()
-        spectrum = torch.fft.rfft2(F.pad(work, (m, m, m, m), mode="reflect"))
-        states = []
-        for transfer in self.spectra:
-            if transfer is None:
-                states.append(images)
-            else:
-                blurred = torch.fft.irfft2(spectrum * transfer.to(spectrum), s=(self.side, self.side))
-                states.append(blurred[..., m : m + size, m : m + size].to(images.dtype))
-        return states
+            raise ValueError(
+                f"images must measure (B, C, {size}, {size}), the schedule's image_size, got {tuple(images.shape)}"
+            )
+        if margin == 0:
+            return [images] * self.schedule.focus_states
+        exact = images if images.dtype == torch.float64 else images.float()
+        spectrum = torch.fft.rfft2(F.pad(exact, (margin,) * 4, mode="reflect"), s=side)
+        inside = slice(margin, margin + size)
+        return [
+            images
+            if transfer is None
+            else torch.fft.irfft2(spectrum * transfer, s=side)[..., inside, inside].to(images.dtype).contiguous()
+            for transfer in self._transfers(spectrum)
+        ]
+
+    def _transfers(self, spectrum: Tensor) -> list[Tensor | None]:
+        """The states' transfer functions in the dtype and on the device of a spectrum; None for the sharp ones."""
+        key = (spectrum.device, spectrum.dtype)
+        if key not in self._transfer_on:
+            with torch.inference_mode(False):  # made in a validation loop, they must serve a later backward pass
+                self._transfer_on[key] = [None if t is None else t.to(spectrum) for t in self._transfer]
+        return self._transfer_on[key]
+
+
+def _spectrum(kernel: Tensor, side: int) -> Tensor:
+    """Fourier transform of a kernel centred on pixel (0, 0) of a periodic square."""
+    half, room = kernel.shape[-1] // 2, side - kernel.shape[-1]
+    return torch.fft.rfft2(F.pad(kernel, (0, room, 0, room)).roll((-half, -half), (-2, -1)))
+
+
+def _fast_length(length: int) -> int:
+    """The next length without a prime factor above 7: Fourier transforms of others are several times slower."""
+    while True:
+        rest = length
+        for prime in (2, 3, 5, 7):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 1
