@@ -6,7 +6,7 @@ Legend: S scales, K focus states, L tokens in all scales together.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class FocusSchedule:
     focus_states: int = 4
     max_radius: float | None = None
     schedule: Literal["cosine", "linear", "nyquist"] | list[float] = "cosine"
+
+    @classmethod
+    def of(cls, value: "FocusSchedule | dict[str, Any]") -> "FocusSchedule":
+        """The schedule itself, or one from the plain dictionary a checkpoint keeps."""
+        return value if isinstance(value, cls) else cls(**value)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))

@@ -1,0 +1,165 @@
+"""Encoder and Decoder: the convolutional autoencoder of VAR's VQVAE, with VAR's parameter names.
+
+Legend: B batch, C channels, H x W pixels, Z latent channels, h x w = H/f x W/f latent cells, f = 2^(levels - 1).
+"""
+
+from collections.abc import Sequence
+from math import gcd
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+VAR_CH_MULT = (1, 1, 2, 2, 4)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(gcd(32, channels), channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """(B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all cells of a map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three c) h w -> three b (h w) c", three=3)
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample2x(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample2x(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where `attention`."""
+
+    def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * depth
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(depth if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class DownLevel(Level):
+    def __init__(self, in_channels: int, out_channels: int, depth: int, last: bool) -> None:
+        super().__init__(in_channels, out_channels, depth, attention=last)
+        self.downsample = nn.Identity() if last else Downsample2x(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(super().forward(x))
+
+
+class UpLevel(Level):
+    def __init__(self, in_channels: int, out_channels: int, depth: int, first: bool, last: bool) -> None:
+        super().__init__(in_channels, out_channels, depth, attention=first)
+        self.upsample = nn.Identity() if last else Upsample2x(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(super().forward(x))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) images -> (B, Z, H/f, W/f) features.
+
+    Args:
+        ch: base width.
+        ch_mult: width of every resolution as a multiple of `ch`; f = 2 ** (len(ch_mult) - 1).
+        num_res_blocks: residual blocks per resolution.
+        z_channels: Z.
+    """
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        widths = [ch * m for m in (1, *ch_mult)]
+        last = len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            DownLevel(widths[i], widths[i + 1], num_res_blocks, last=i == last) for i in range(len(ch_mult))
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """(B, Z, h, w) features -> (B, 3, h f, w f) images; the arguments of `Encoder`, one residual block more."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        widths = [ch * m for m in ch_mult] + [ch * ch_mult[-1]]
+        last = len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            UpLevel(widths[i + 1], widths[i], num_res_blocks + 1, first=i == last, last=i == 0)
+            for i in range(len(ch_mult))
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,0 +1,164 @@
+"""Codebook: nearest-code look-up and the upkeep that keeps every code in use.
+
+Legend: N vectors, V codes, C channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+KMEANS_ITERATIONS = 10
+
+
+def _joined(x: Tensor) -> Tensor:
+    """Rows of all processes, in rank order. Every process must hold the same number."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class Codebook(nn.Module):
+    """V vectors that follow the data by exponential moving averages (VQ-VAE, appendix A.1).
+
+    In training mode it begins un-quantised: for `warmup_steps` updates nothing is looked up, then the codes are set by
+    k-means on that batch's vectors. Codes that no vector chose for `revive_after` updates are replaced by vectors of
+    the current batch. All statistics are summed over processes, all state lies in buffers and survives a resume.
+
+    Args:
+        vocab_size: V.
+        channels: C.
+        decay: of the moving averages.
+        warmup_steps: updates before the codes are initialised.
+        revive_after: updates without a use after which a code is replaced.
+    """
+
+    def __init__(
+        self, vocab_size: int, channels: int, *, decay: float = 0.99, warmup_steps: int = 0, revive_after: int = 100
+    ) -> None:
+        super().__init__()
+        if vocab_size < 2:
+            raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must lie in (0, 1), got {decay}")
+        self.decay, self.warmup_steps, self.revive_after = decay, warmup_steps, revive_after
+        self.embedding = nn.Embedding(vocab_size, channels)
+        self.embedding.weight.requires_grad_(False)
+        nn.init.trunc_normal_(self.embedding.weight)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("counts", torch.ones(vocab_size))
+        self.register_buffer("sums", self.embedding.weight.detach().clone())
+        self.register_buffer("idle", torch.zeros(vocab_size, dtype=torch.long))
+
+    updates: Tensor
+    counts: Tensor
+    sums: Tensor
+    idle: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.embedding.num_embeddings
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether training still runs un-quantised."""
+        return self.training and int(self.updates) < self.warmup_steps
+
+    @property
+    def needs_init(self) -> bool:
+        """Whether the next training step has to initialise the codes."""
+        return self.training and int(self.updates) == self.warmup_steps
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Indices of the nearest codes by Euclidean distance: (N, C) -> (N,) int64."""
+        codes = self.embedding.weight
+        return torch.addmm(codes.square().sum(1), vectors, codes.T, alpha=-2).argmin(1)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """(...) indices -> (..., C) codes."""
+        return self.embedding(indices)
+
+    @torch.no_grad()
+    def initialise(self, pool: Sequence[Tensor]) -> None:
+        """Set the codes by k-means on `pool`, one (N_s, C) tensor per scale, each scale weighing the same.
+
+        Raises:
+            ValueError: if the pool holds fewer vectors than there are codes.
+        """
+        vectors = self._draw(pool, 32 * self.vocab_size, replacement=False)
+        if len(vectors) < self.vocab_size:
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is more than the {len(vectors)} vectors of one batch can initialise: "
+                "lower vocab_size or raise batch_size"
+            )
+        codes = vectors[torch.randperm(len(vectors), generator=self._generator())[: self.vocab_size].to(vectors.device)]
+        for _ in range(KMEANS_ITERATIONS):
+            self.embedding.weight.copy_(codes)
+            counts, sums = self._assigned(vectors, self.nearest(vectors))
+            codes = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], codes)
+        self.embedding.weight.copy_(codes)
+        self.counts.fill_(1)
+        self.sums.copy_(codes)
+        self.idle.zero_()
+
+    @torch.no_grad()
+    def update(self, pool: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+        """Move the codes towards the vectors that chose them, then revive the idle ones.
+
+        Args:
+            pool: vectors of every scale, (N_s, C) each.
+            indices: the codes they chose, (N_s,) each.
+        """
+        counts, sums = self._assigned(torch.cat(list(pool)), torch.cat(list(indices)))
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(counts)
+            distributed.all_reduce(sums)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.idle.add_(1).mul_(counts == 0)
+        idle = self.idle >= self.revive_after
+        if idle.any():
+            self.sums[idle] = self._draw(pool, int(idle.sum()), replacement=True)
+            self.counts[idle] = 1
+            self.idle[idle] = 0
+        self.embedding.weight.copy_(self.sums / self.counts.clamp_min(1e-5)[:, None])
+
+    def step(self) -> None:
+        """Count a training step."""
+        self.updates += 1
+
+    def _assigned(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        counts = torch.bincount(indices, minlength=self.vocab_size).to(vectors.dtype)
+        return counts, torch.zeros_like(self.sums).index_add_(0, indices, vectors)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(int(self.updates))
+
+    def _draw(self, pool: Sequence[Tensor], n: int, *, replacement: bool) -> Tensor:
+        """About n vectors of all processes, the scales weighing the same; the same draw in every process."""
+        pool = [_joined(z) for z in pool]
+        generator = self._generator()
+        share = -(-n // len(pool))
+        drawn = []
+        for z in pool:
+            if replacement:
+                rows = torch.randint(len(z), (share,), generator=generator)
+            else:
+                rows = torch.randperm(len(z), generator=generator)[:share]
+            drawn.append(z[rows.to(z.device)])
+        vectors = torch.cat(drawn)
+        if replacement:
+            vectors = vectors[torch.randperm(len(vectors), generator=generator)[:n].to(vectors.device)]
+        return vectors
+
+
+def perplexity(indices: Tensor, vocab_size: int) -> Tensor:
+    """exp(entropy) of the codes' frequencies: how many codes are in effective use, in 1..V."""
+    p = torch.bincount(indices.flatten(), minlength=vocab_size).double()
+    p = p / p.sum()
+    return torch.exp(-torch.special.xlogy(p, p).sum())
+
+

@@ -1,0 +1,167 @@
+"""MultiScaleQuantizer: features <-> token maps, coarse to fine (VAR section 3.2; ours: DESIGN of the three targets).
+
+Legend: B batch, S scales, C latent channels, h x w the last scale's map (h = w = pn_S), pn_s side of scale s.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from fvar_lightning.tokenizer.codebook import Codebook
+
+
+class Quantized(NamedTuple):
+    """What quantising a batch gives."""
+
+    stages: list[Tensor]
+    """f_hat after every scale, S tensors (B, C, h, w); gradients pass straight through to the features."""
+    indices: list[Tensor]
+    """Token maps, S tensors (B, pn_s^2) int64; empty while the codebook warms up."""
+    loss: Tensor
+    """Codebook and commitment loss, a scalar; 0 while the codebook warms up."""
+
+
+class Phi(nn.Conv2d):
+    """Half identity, half a 3 x 3 convolution: repairs what the up-sampling of a token map blurs."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x + 0.5 * super().forward(x)
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Quantises the features z_s of every scale as residuals of one growing map f_hat.
+
+    At scale s it quantises ``z_s - down_s(f_hat)`` and adds ``phi_s(up(code))``. With z_s the area average of one
+    feature map this is VAR's quantiser; with z_s the features of view s it is next-focus quantisation.
+
+    Args:
+        patch_nums: side of every token map.
+        codebook: the codes, shared by all scales.
+        num_phi: phi convolutions, shared evenly among the scales (official VAR: 4).
+        commitment: weight of the commitment loss.
+    """
+
+    def __init__(
+        self, patch_nums: Sequence[int], codebook: Codebook, *, num_phi: int = 4, commitment: float = 0.25
+    ) -> None:
+        super().__init__()
+        self.patch_nums = tuple(patch_nums)
+        self.codebook = codebook
+        self.commitment = commitment
+        channels = codebook.embedding.embedding_dim
+        self.phi = nn.ModuleList(Phi(channels) for _ in range(num_phi))
+
+    def phi_of(self, scale: int) -> nn.Module:
+        """The convolution of a scale: the one whose tick lies nearest to s / (S - 1), as in official VAR."""
+        k = len(self.phi)
+        margin = 1 / 3 / k if k == 4 else 1 / 2 / k
+        # NumPy's own linspace and argmin: at ten scales and four convolutions scale 2 ties but for rounding
+        ticks = np.linspace(margin, 1 - margin, k)
+        return self.phi[int(np.argmin(np.abs(ticks - scale / max(len(self.patch_nums) - 1, 1))))]
+
+    def up(self, x: Tensor) -> Tensor:
+        """(B, C, pn, pn) -> (B, C, h, w), bicubic."""
+        size = self.patch_nums[-1]
+        return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode="bicubic")
+
+    def down(self, f: Tensor, scale: int) -> Tensor:
+        """(B, C, h, w) -> (B, C, pn_s, pn_s), area average."""
+        return F.interpolate(f, size=(self.patch_nums[scale],) * 2, mode="area")
+
+    def add(self, f_hat: Tensor, code: Tensor, scale: int) -> Tensor:
+        """f_hat with the code map (B, C, pn_s, pn_s) of a scale added."""
+        return f_hat + self.phi_of(scale)(self.up(code))
+
+    def code_map(self, indices: Tensor) -> Tensor:
+        """(B, pn^2) indices -> (B, C, pn, pn) codes."""
+        return rearrange(self.codebook(indices), "b (h w) c -> b c h w", h=round(indices.shape[1] ** 0.5))
+
+    def forward(self, features: Sequence[Tensor], references: Sequence[Tensor] | None = None) -> Quantized:
+        """Quantise, and in training mode keep the codebook up.
+
+        Args:
+            features: z_s, S tensors (B, C, pn_s, pn_s).
+            references: what f_hat is drawn to after every scale, at size pn_s or h; `features` where left out.
+        """
+        with torch.autocast(features[0].device.type, enabled=False):
+            features = [z.float() for z in features]
+            references = features if references is None else [z.float() for z in references]
+            if self.codebook.warming_up:
+                self.codebook.step()
+                return Quantized([self.up(z) for z in references], [], references[-1].new_zeros(()))
+            if self.codebook.needs_init:
+                self.codebook.initialise(self._unquantised_residuals(features))
+            return self._quantise(features, references)
+
+    def _quantise(self, features: Sequence[Tensor], references: Sequence[Tensor]) -> Quantized:
+        f_hat = torch.zeros_like(features[-1])
+        stages: list[Tensor] = []
+        pool: list[Tensor] = []
+        chosen: list[Tensor] = []
+        loss = f_hat.new_zeros(())
+        for s, (z, reference) in enumerate(zip(features, references, strict=True)):
+            residual = rearrange(z.detach() - self.down(f_hat.detach(), s), "b c h w -> (b h w) c")
+            indices = self.codebook.nearest(residual)
+            pool.append(residual)
+            chosen.append(indices)
+            f_hat = self.add(f_hat, self.code_map(indices.view(len(z), -1)), s)
+            at_reference = f_hat if reference.shape == f_hat.shape else self.down(f_hat, s)
+            loss = loss + F.mse_loss(at_reference, reference.detach())
+            loss = loss + self.commitment * F.mse_loss(reference, at_reference.detach())
+            through = self.up(reference)
+            stages.append(f_hat.detach() + through - through.detach())
+        if self.training:
+            self.codebook.update(pool, chosen)
+            self.codebook.step()
+        maps = [i.view(len(z), -1) for i, z in zip(chosen, features, strict=True)]
+        return Quantized(stages, maps, loss / len(features))
+
+    @torch.no_grad()
+    def encode(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Token maps of the features z_s: S tensors (B, pn_s^2) int64."""
+        f_hat = torch.zeros_like(features[-1], dtype=torch.float32)
+        maps = []
+        for s, z in enumerate(features):
+            residual = rearrange(z.float() - self.down(f_hat, s), "b c h w -> (b h w) c")
+            indices = self.codebook.nearest(residual).view(len(z), -1)
+            f_hat = self.add(f_hat, self.code_map(indices), s)
+            maps.append(indices)
+        return maps
+
+    @torch.no_grad()
+    def _unquantised_residuals(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What each scale would have to quantise if the scales before it had been added without error."""
+        f_hat = torch.zeros_like(features[-1])
+        pool = []
+        for s, z in enumerate(features):
+            residual = z - self.down(f_hat, s)
+            f_hat = self.add(f_hat, residual, s)
+            pool.append(rearrange(residual, "b c h w -> (b h w) c"))
+        return pool
+
+    def stages(self, indices: Sequence[Tensor]) -> list[Tensor]:
+        """f_hat after every scale from token maps: S tensors (B, pn_s^2) -> S tensors (B, C, h, w)."""
+        size = self.patch_nums[-1]
+        f_hat = self.codebook.embedding.weight.new_zeros(len(indices[0]), self.phi[0].in_channels, size, size)
+        stages = []
+        for s, tokens in enumerate(indices):
+            f_hat = self.add(f_hat, self.code_map(tokens), s)
+            stages.append(f_hat)
+        return stages
+
+    def next_input(self, f_hat: Tensor, scale: int) -> Tensor:
+        """What VAR reads to predict the scale after `scale`: (B, C, h, w) -> (B, pn_{s+1}^2, C)."""
+        return rearrange(self.down(f_hat, scale + 1), "b c h w -> b (h w) c")
+
+    def var_inputs(self, indices: Sequence[Tensor]) -> Tensor:
+        """Teacher-forcing input of VAR: S token maps -> (B, L - pn_1^2, C), float32."""
+        stages = self.stages(indices[:-1])
+        return torch.cat([self.next_input(f_hat, s) for s, f_hat in enumerate(stages)], dim=1)

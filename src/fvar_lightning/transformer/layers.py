@@ -1,0 +1,204 @@
+"""The transformer's parts: attention with an explicit KV cache, feed-forward, and the AdaLN block. VAR's names.
+
+Legend: B batch, L tokens, C width, H heads, D = C / H.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class KVCache:
+    """Keys and values of the tokens generated so far, one pair per block, allocated once for the whole sequence.
+
+    Args:
+        depth: number of blocks.
+        length: tokens of all scales.
+    """
+
+    def __init__(self, depth: int, length: int) -> None:
+        self.length = length
+        self.filled = [0] * depth
+        self._storage: list[tuple[Tensor, Tensor] | None] = [None] * depth
+
+    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, l, D) keys and values of a block and return all of it so far, (B, H, filled, D)."""
+        pair = self._storage[block]
+        if pair is None:
+            batch, heads, _, head_dim = k.shape
+            pair = (k.new_empty(batch, heads, self.length, head_dim), v.new_empty(batch, heads, self.length, head_dim))
+            self._storage[block] = pair
+        start, stop = self.filled[block], self.filled[block] + k.shape[2]
+        for stored, new in zip(pair, (k, v), strict=True):
+            stored[:, :, start:stop] = new
+        self.filled[block] = stop
+        return pair[0][:, :, :stop], pair[1][:, :, :stop]
+
+
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, slices: Sequence[slice], scale: float) -> Tensor:
+    """Every scale reads itself and the scales before it: (B, H, L, D) each -> (B, H, L, D).
+
+    One call per scale without a mask is exact, lets fused kernels run, and needs no (L, L) tensor.
+    """
+    outputs = [
+        F.scaled_dot_product_attention(q[:, :, s], k[:, :, : s.stop], v[:, :, : s.stop], scale=scale) for s in slices
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; with `l2_norm`, cosine attention with a learned temperature per head."""
+
+    MAX_SCALE = math.log(100)
+
+    def __init__(self, width: int, heads: int, l2_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.l2_norm = l2_norm
+        self.scale = 1.0 if l2_norm else 0.25 / math.sqrt(width // heads)
+        if l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    zero_k_bias: Tensor
+
+    def forward(self, x: Tensor, slices: Sequence[slice]) -> Tensor:
+        """Tokens of all scales, (B, L, C) -> (B, L, C); every scale reads itself and the scales before it."""
+        q, k, v = self._qkv(x)
+        return self._projected(block_causal_attention(q, k, v, slices, self.scale))
+
+    def step(self, x: Tensor, cache: KVCache, block: int) -> Tensor:
+        """Tokens of the next scale, (B, l, C) -> (B, l, C); they read everything block `block` has cached."""
+        q, k, v = self._qkv(x)
+        k, v = cache.append(block, k, v)
+        return self._projected(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        if self.l2_norm:
+            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(self.MAX_SCALE).exp()
+            k = F.normalize(k, dim=-1)
+        # autocast normalises in float32
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def _projected(self, heads: Tensor) -> Tensor:
+        return self.proj(rearrange(heads, "b h l d -> b l (h d)"))
+
+
+class FFN(nn.Module):
+    """(..., C) -> (..., C)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def drop_path(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """Zero whole samples of (B, ...) with probability `rate`, scaling the others to keep the mean."""
+    keep = x.new_empty((len(x),) + (1,) * (x.dim() - 1)).bernoulli_(1 - rate, generator=generator)
+    return x * keep / (1 - rate)
+
+
+class AdaLNBlock(nn.Module):
+    """Pre-norm transformer block whose norms are modulated by the class (DiT).
+
+    Args:
+        width: C.
+        heads: H.
+        hidden: width of the feed-forward layer.
+        shared_aln: add a learned offset to one modulation shared by all blocks instead of computing an own one.
+        l2_norm: cosine attention.
+        drop_path_rate: stochastic depth.
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, shared_aln: bool, l2_norm: bool, drop_path_rate: float
+    ) -> None:
+        super().__init__()
+        self.attn = SelfAttention(width, heads, l2_norm)
+        self.ffn = FFN(width, hidden)
+        self.ln_wo_grad = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.drop_path_rate = drop_path_rate
+        if shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """(B, 6, C): gains, scales and shifts of both branches.
+
+        Args:
+            condition: the class embedding (B, C), or with shared AdaLN the shared modulation (B, 6, C).
+        """
+        if hasattr(self, "ada_gss"):
+            return self.ada_gss[0] + condition
+        return rearrange(self.ada_lin(condition), "b (six c) -> b six c", six=6)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, slices: Sequence[slice], *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A teacher-forced pass: (B, L, C) -> (B, L, C).
+
+        Args:
+            x: tokens of all scales.
+            condition: as `modulation` takes it.
+            slices: where every scale's tokens lie.
+            generator: draws the stochastic depth in training.
+        """
+        modulation = self.modulation(condition)
+        x = self.attend(x, modulation, lambda h: self.attn(h, slices), generator)
+        return self.feed(x, modulation, generator)
+
+    def step(self, x: Tensor, modulation: Tensor, cache: KVCache, index: int) -> Tensor:
+        """The tokens (B, l, C) of the next scale, reading all that block `index` has cached."""
+        x = self.attend(x, modulation, lambda h: self.attn.step(h, cache, index))
+        return self.feed(x, modulation)
+
+    def attend(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        attention: Callable[[Tensor], Tensor],
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The attention branch."""
+        gain, _, scale, _, shift, _ = modulation[:, :, None].unbind(1)
+        h = attention(self.ln_wo_grad(x) * (scale + 1) + shift) * gain
+        return x + self._dropped(h, generator)
+
+    def feed(self, x: Tensor, modulation: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The feed-forward branch."""
+        _, gain, _, scale, _, shift = modulation[:, :, None].unbind(1)
+        h = self.ffn(self.ln_wo_grad(x) * (scale + 1) + shift) * gain
+        return x + self._dropped(h, generator)
+
+    def _dropped(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        return drop_path(h, self.drop_path_rate, generator) if self.training and self.drop_path_rate > 0 else h
+
+
+class AdaLNBeforeHead(nn.Module):
+    """The modulated norm before the classifier."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln_wo_grad = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, L, C), (B, C) -> (B, L, C)."""
+        scale, shift = rearrange(self.ada_lin(condition), "b (two c) -> two b 1 c", two=2)
+        return self.ln_wo_grad(x) * (scale + 1) + shift

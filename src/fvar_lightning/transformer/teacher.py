@@ -1,0 +1,196 @@
+"""HighFrequencyTeacher: the student's architecture with alias-gated cross-attention (paper section 3.4, eq. 9-10).
+
+Legend: B batch, S scales, L tokens of all scales, C width, V structure codebook, Z_a channels of the alias codebook.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.transformer.layers import AdaLNBlock
+from fvar_lightning.transformer.var import VAR, Trace
+
+
+class TeacherOutput(NamedTuple):
+    """What the student is to imitate."""
+
+    logits: Tensor
+    """(B, L, V)."""
+    hidden: list[Tensor]
+    """Outputs of the alias-gated blocks, one (B, L, C) for each."""
+
+
+class AliasGatedCrossAttention(nn.Module):
+    """Z = X + alpha * CrossAttn(X, E_a), alpha = sigmoid(linear([X; CrossAttn])) (eq. 10).
+
+    The output projection starts at zero, so that the teacher starts as a VAR.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_x = nn.LayerNorm(width, eps=1e-6)
+        self.norm_alias = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.gate = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor, alias: Tensor, slices: Sequence[slice], *, causal: bool, scales: int) -> Tensor:
+        """(B, L, C) tokens and (B, L, C) alias tokens -> (B, L, C).
+
+        Args:
+            slices: where every scale's tokens lie.
+            causal: read the alias tokens of earlier scales too, not only of the own one.
+            scales: how many of the last scales read any.
+        """
+        h = self.norm_x(x)
+        q = rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads)
+        k, v = rearrange(self.kv(self.norm_alias(alias)), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+        reading = slices[len(slices) - scales :]
+        read = []
+        for s in reading:
+            seen = slice(0 if causal else s.start, s.stop)
+            read.append(F.scaled_dot_product_attention(q[:, :, s], k[:, :, seen], v[:, :, seen]))
+        first = reading[0].start
+        cross = self.proj(rearrange(torch.cat(read, dim=2), "b h l d -> b l (h d)"))
+        alpha = torch.sigmoid(self.gate(torch.cat((h[:, first:], cross), dim=-1)))
+        return torch.cat((x[:, :first], x[:, first:] + alpha * cross), dim=1)
+
+
+class AliasBlock(nn.Module):
+    """A copy of a student's block with alias-gated cross-attention between its two branches."""
+
+    def __init__(self, block: AdaLNBlock, width: int, heads: int) -> None:
+        super().__init__()
+        self.block = copy.deepcopy(block)
+        self.cross = AliasGatedCrossAttention(width, heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        alias: Tensor,
+        slices: Sequence[slice],
+        *,
+        causal: bool,
+        scales: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(B, L, C) -> (B, L, C); the arguments of `AdaLNBlock` and of `AliasGatedCrossAttention`."""
+        block = self.block
+        modulation = block.modulation(condition)
+        x = block.attend(x, modulation, lambda h: block.attn(h, slices), generator)
+        x = self.cross(x, alias, slices, causal=causal, scales=scales)
+        return block.feed(x, modulation, generator)
+
+
+class HighFrequencyTeacher(nn.Module):
+    """Predicts the structure tokens with the alias tokens in sight; used in training only.
+
+    It begins as a copy of `student`'s weights and computes exactly what the student computes until its
+    cross-attention has learned something.
+
+    Args:
+        student: the network to be taught.
+        alias_channels: Z_a.
+        alias_blocks: how many of the last blocks read alias tokens (paper section 4.2: 2).
+        alias_scales: how many of the last scales read them; ``None``: all.
+        alias_context: ``causal``: alias tokens of the own scale and earlier ones; ``own_scale``: eq. 9 to the letter.
+        trunk: ``shared``: only the last `alias_blocks` blocks are doubled, the student's others and its head serve
+            both; ``separate``: a whole second network.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+
+    def __init__(
+        self,
+        student: VAR,
+        *,
+        alias_channels: int,
+        alias_blocks: int = 2,
+        alias_scales: int | None = None,
+        alias_context: Literal["causal", "own_scale"] = "causal",
+        trunk: Literal["shared", "separate"] = "shared",
+    ) -> None:
+        super().__init__()
+        layout: FocusSchedule = student.layout
+        alias_scales = layout.num_scales if alias_scales is None else alias_scales
+        if not 1 <= alias_blocks <= student.depth:
+            raise ValueError(f"alias_blocks must lie in 1..{student.depth} (the student's depth), got {alias_blocks}")
+        if not 1 <= alias_scales <= layout.num_scales:
+            raise ValueError(f"alias_scales must lie in 1..{layout.num_scales}, got {alias_scales}")
+        if alias_context not in ("causal", "own_scale"):
+            raise ValueError(f"alias_context must be 'causal' or 'own_scale', got {alias_context!r}")
+        if trunk not in ("shared", "separate"):
+            raise ValueError(f"trunk must be 'shared' or 'separate', got {trunk!r}")
+        self.layout = layout
+        self.alias_scales, self.causal = alias_scales, alias_context == "causal"
+        self.first = student.depth - alias_blocks
+        self.blocks = nn.ModuleList(
+            AliasBlock(block, student.width, student.heads)  # type: ignore[arg-type]
+            for block in student.blocks[self.first :]
+        )
+        self.alias_embed = nn.Linear(alias_channels, student.width)
+        self.alias_positions = nn.Parameter(torch.empty(1, layout.length, student.width))
+        self.alias_levels = nn.Embedding(layout.num_scales, student.width)
+        for weight in (self.alias_positions, self.alias_levels.weight):
+            nn.init.trunc_normal_(weight, std=(1 / (3 * student.width)) ** 0.5)
+        self.register_buffer("level_ids", layout.level_ids(), persistent=False)
+        self.network: VAR | None = None
+        if trunk == "separate":
+            self.network = copy.deepcopy(student)
+            # the last blocks live in self.blocks
+            self.network.blocks = self.network.blocks[: self.first]
+
+    level_ids: Tensor
+
+    def forward(
+        self,
+        student: VAR,
+        trace: Trace,
+        labels: Tensor,
+        inputs: Tensor,
+        alias: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> TeacherOutput:
+        """A teacher-forced pass.
+
+        Args:
+            student: whose trunk and head a shared teacher uses.
+            trace: the student's pass over the same batch.
+            labels: (B,), as given to the student.
+            inputs: (B, L - pn_1^2, Z), as given to the student.
+            alias: alias codebook vectors of all scales, (B, L, Z_a).
+            generator: draws the stochastic depth.
+        """
+        if self.network is None:
+            network, condition, x = student, trace.condition, trace.hidden[self.first]
+        else:
+            network = self.network
+            condition = network.condition(labels)
+            x = network.run(network.embed(condition, inputs), condition, generator=generator)[-1]
+        alias = self.alias_embed(alias) + self.alias_positions + self.alias_levels(self.level_ids)
+        hidden = []
+        for block in self.blocks:
+            x = block(
+                x,
+                condition.for_blocks,
+                alias,
+                self.layout.slices,
+                causal=self.causal,
+                scales=self.alias_scales,
+                generator=generator,
+            )
+            hidden.append(x)
+        return TeacherOutput(network.logits(x, condition), hidden)

@@ -1,0 +1,202 @@
+"""VAR: the student, a vanilla visual autoregressive transformer, and the only network that is deployed.
+
+Legend: B batch, S scales, L tokens of all scales, l tokens of one scale, C width, Z latent channels, V codebook.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from fvar_lightning.schedule import VAR_PATCH_NUMS, FocusSchedule
+from fvar_lightning.transformer.layers import AdaLNBeforeHead, AdaLNBlock, KVCache
+
+
+class Condition(NamedTuple):
+    """What a label contributes."""
+
+    embedding: Tensor
+    """(B, C)."""
+    for_blocks: Tensor
+    """What the blocks' AdaLN reads: the embedding, or with shared AdaLN the shared modulation (B, 6, C)."""
+
+
+class Trace(NamedTuple):
+    """A teacher-forced pass with everything a teacher reads from it."""
+
+    logits: Tensor
+    """(B, L, V)."""
+    hidden: list[Tensor]
+    """depth + 1 tensors (B, L, C): the embedded input, then the output of every block."""
+    condition: Condition
+
+
+class VAR(nn.Module):
+    """Next-scale transformer with AdaLN class conditioning (VAR section 3.3), parameter for parameter official VAR.
+
+    Args:
+        patch_nums: side of every token map.
+        vocab_size: V.
+        z_channels: Z of the tokenizer.
+        num_classes: labels 0..num_classes-1; num_classes itself is the class-free label.
+        depth: number of blocks.
+        width: C; ``None`` is 64 * depth.
+        heads: attention heads; ``None`` is width / 64.
+        mlp_ratio: feed-forward width over C.
+        drop_path_rate: stochastic depth of the last block, rising linearly; ``None`` is 0.1 * depth / 24.
+        shared_aln: one AdaLN modulation for all blocks (d36).
+        attn_l2_norm: cosine attention (all official weights).
+
+    Raises:
+        ValueError: if width and heads do not divide, or a size is not positive.
+    """
+
+    def __init__(
+        self,
+        patch_nums: Sequence[int] = VAR_PATCH_NUMS,
+        *,
+        vocab_size: int = 4096,
+        z_channels: int = 32,
+        num_classes: int = 1000,
+        depth: int = 16,
+        width: int | None = None,
+        heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float | None = None,
+        shared_aln: bool = False,
+        attn_l2_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        width = 64 * depth if width is None else width
+        heads = max(width // 64, 1) if heads is None else heads
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
+        drop_path_rate = 0.1 * depth / 24 if drop_path_rate is None else drop_path_rate
+        # a VAR knows no focus, only the token layout
+        self.layout = FocusSchedule(tuple(patch_nums), focus_states=1)
+        self.vocab_size, self.z_channels, self.num_classes = vocab_size, z_channels, num_classes
+        self.depth, self.width, self.heads = depth, width, heads
+        self.shared_aln, self.attn_l2_norm = shared_aln, attn_l2_norm
+
+        self.word_embed = nn.Linear(z_channels, width)
+        self.class_emb = nn.Embedding(num_classes + 1, width)
+        self.pos_start = nn.Parameter(torch.empty(1, self.layout.first_length, width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, self.layout.length, width))
+        self.lvl_embed = nn.Embedding(self.layout.num_scales, width)
+        self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) if shared_aln else nn.Identity()
+        self.blocks = nn.ModuleList(
+            AdaLNBlock(
+                width,
+                heads,
+                round(width * mlp_ratio),
+                shared_aln=shared_aln,
+                l2_norm=attn_l2_norm,
+                drop_path_rate=drop_path_rate * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.head_nm = AdaLNBeforeHead(width)
+        self.head = nn.Linear(width, vocab_size)
+        self.register_buffer("level_ids", self.layout.level_ids(), persistent=False)
+        self.init_weights()
+
+    level_ids: Tensor
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """VAR's initialisation: truncated normals of variance 1 / (3 C), residual branches that start almost closed.
+
+        | parameter | factor |
+        |---|---|
+        | branch outputs (proj, fc2) | 1 / sqrt(2 depth) |
+        | AdaLN gains | 1e-5 |
+        | AdaLN scales and shifts | 0.5 |
+        | classifier | 0.02 |
+        | biases | 0 |
+        """
+        std = math.sqrt(1 / (3 * self.width))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        for position in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(position, std=std)
+        for block in self.blocks:
+            block.attn.proj.weight /= math.sqrt(2 * self.depth)
+            block.ffn.fc2.weight /= math.sqrt(2 * self.depth)
+            gains, rest = 2 * self.width, 4 * self.width
+            if self.shared_aln:
+                block.ada_gss[:, :, :2] *= 1e-5
+                block.ada_gss[:, :, 2:] *= 0.5
+            else:
+                by_row = torch.tensor([1e-5] * gains + [0.5] * rest)
+                block.ada_lin[-1].weight *= by_row[:, None].to(block.ada_lin[-1].weight)
+        self.head_nm.ada_lin[-1].weight *= 0.5
+        self.head.weight *= 0.02
+
+    def condition(self, labels: Tensor) -> Condition:
+        """(B,) labels -> what they contribute."""
+        embedding = self.class_emb(labels)
+        if not self.shared_aln:
+            return Condition(embedding, embedding)
+        return Condition(embedding, rearrange(self.shared_ada_lin(embedding), "b (six c) -> b six c", six=6))
+
+    def positions(self) -> Tensor:
+        """Level plus position embedding of every token, (1, L, C)."""
+        return self.lvl_embed(self.level_ids) + self.pos_1LC
+
+    def start(self, condition: Condition) -> Tensor:
+        """Tokens of the first scale, (B, l, C), without level and position."""
+        return condition.embedding[:, None] + self.pos_start
+
+    def embed(self, condition: Condition, inputs: Tensor) -> Tensor:
+        """Input tokens of all scales, (B, L, C), from (B, L - pn_1^2, Z) features."""
+        return torch.cat((self.start(condition), self.word_embed(inputs)), dim=1) + self.positions()
+
+    def logits(self, hidden: Tensor, condition: Condition) -> Tensor:
+        """(B, l, C) output of the last block -> (B, l, V)."""
+        return self.head(self.head_nm(hidden, condition.embedding))
+
+    def run(self, tokens: Tensor, condition: Condition, *, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Tokens of all scales through the blocks: depth + 1 tensors (B, L, C), the tokens first."""
+        hidden = [tokens]
+        for block in self.blocks:
+            hidden.append(block(hidden[-1], condition.for_blocks, self.layout.slices, generator=generator))
+        return hidden
+
+    def trace(self, labels: Tensor, inputs: Tensor, *, generator: torch.Generator | None = None) -> Trace:
+        """`forward` with everything a teacher reads from the pass."""
+        condition = self.condition(labels)
+        hidden = self.run(self.embed(condition, inputs), condition, generator=generator)
+        return Trace(self.logits(hidden[-1], condition), hidden, condition)
+
+    def forward(self, labels: Tensor, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Teacher-forced logits.
+
+        Args:
+            labels: (B,) int64 in 0..num_classes.
+            inputs: (B, L - pn_1^2, Z), from `VQVAE.var_inputs`.
+            generator: draws the stochastic depth in training.
+
+        Returns:
+            (B, L, V).
+        """
+        return self.trace(labels, inputs, generator=generator).logits
+
+    def modulations(self, condition: Condition) -> list[Tensor]:
+        """AdaLN modulations of every block, (B, 6, C) each: computed once per sample, read at every scale."""
+        return [block.modulation(condition.for_blocks) for block in self.blocks]
+
+    def step(self, tokens: Tensor, modulations: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """One scale of generation: embedded tokens (B, l, C) -> output of the last block (B, l, C)."""
+        for i, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
+            tokens = block.step(tokens, modulation, cache, i)
+        return tokens
