@@ -1,0 +1,128 @@
+"""What both data modules share: loaders that divide data among ranks and resume in the middle of an epoch."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from fvar_lightning.data.batches import SampleBatch
+from fvar_lightning.data.sampler import Draw, EpochSampler, ResumableLoader, even_batch_size
+
+
+class SampleRequests(Dataset[SampleBatch]):
+    """Images to generate: `per_class` of every class, class by class, seeds `base_seed` + position."""
+
+    def __init__(self, num_classes: int, per_class: int, base_seed: int) -> None:
+        self.num_classes = num_classes
+        self.per_class = per_class
+        self.base_seed = base_seed
+
+    def __len__(self) -> int:
+        return self.num_classes * self.per_class
+
+    def __getitem__(self, item: int | Draw) -> SampleBatch:
+        index = item.index if isinstance(item, Draw) else item
+        return SampleBatch(torch.tensor(index // self.per_class), torch.tensor(self.base_seed + index))
+
+
+class Passes(Dataset[Any]):
+    """Several epochs of a data set one after the other, as one data set."""
+
+    def __init__(self, dataset: Dataset[Any], length: int, passes: int) -> None:
+        self.dataset = dataset
+        self.length = length
+        self.passes = passes
+
+    def __len__(self) -> int:
+        return self.length * self.passes
+
+    def __getitem__(self, item: int | Draw) -> Any:
+        index = item.index if isinstance(item, Draw) else item
+        return self.dataset[Draw(*divmod(index, self.length))]
+
+
+class SharedLoaders(LightningDataModule):
+    """Loaders that share data among ranks, resume in the middle of an epoch and ask for images to generate.
+
+    Args: see `ImageDataModule`.
+    """
+
+    def __init__(
+        self, batch_size: int, num_workers: int | None, seed: int, samples_per_class: int, base_seed: int
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers or 0, 0),
+            ("seed", seed, 0),
+            ("samples_per_class", samples_per_class, 1),
+            ("base_seed", base_seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.samples_per_class = samples_per_class
+        self.base_seed = base_seed
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of every label."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return len(self.class_names)
+
+    def _options(self, collate: Callable | None) -> dict[str, Any]:
+        workers = self.num_workers
+        if workers is None:
+            usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            devices = self.trainer.num_devices if self.trainer is not None else 1
+            # Without a GPU the cores are needed for training itself
+            workers = min(8, usable // devices - 1) if torch.cuda.is_available() else (2 if usable > 4 else 0)
+            workers = max(0, workers)
+        return {"num_workers": workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
+
+    @property
+    def _ranks(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"num_replicas": 1, "rank": 0}
+        return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+
+    def train_loader(self, dataset: Any, collate: Callable | None = None) -> DataLoader:
+        """Shuffled batches; an incomplete last one is dropped unless it is the only one."""
+        sampler = EpochSampler(dataset, shuffle=True, seed=self.seed, **self._ranks)
+        if len(sampler) == 0:
+            raise ValueError(f"{len(dataset)} training sample(s) cannot be shared by {sampler.num_replicas} ranks")
+        options = self._options(collate)
+        return ResumableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=len(sampler) >= self.batch_size,
+            persistent_workers=options["num_workers"] > 0,
+            finished=self._finished_batches if self.trainer is not None else None,
+            **options,
+        )
+
+    def _finished_batches(self) -> int:
+        assert self.trainer is not None
+        current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return current.processed
+
+    def eval_loader(self, dataset: Any, collate: Callable | None = None) -> DataLoader:
+        """Every sample once over all ranks, in order, equally many batches on every rank."""
+        ranks = self._ranks
+        size = even_batch_size(len(dataset), ranks["num_replicas"], self.batch_size)
+        sampler = EpochSampler(dataset, shuffle=False, **ranks)
+        return DataLoader(dataset, batch_size=size, sampler=sampler, **self._options(collate))
+
+    def sample_loader(self) -> DataLoader:
+        """`SampleBatch`es: `samples_per_class` of every class."""
+        return self.eval_loader(SampleRequests(self.num_classes, self.samples_per_class, self.base_seed))

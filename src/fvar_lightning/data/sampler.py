@@ -1,0 +1,126 @@
+"""Which sample comes when: shuffling by epoch, shares of ranks, and going on in the middle of an epoch."""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, DistributedSampler
+
+
+class Draw(NamedTuple):
+    """What the training sampler asks of a data set; the sample depends on nothing else."""
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+
+
+class EpochSampler(DistributedSampler[Draw]):
+    """The share of one rank in the samples of an epoch.
+
+    A `DistributedSampler`, so that Lightning leaves it in place and tells it the epoch.
+
+    Args:
+        dataset: anything with a length.
+        shuffle: training: shuffled by (seed, epoch), the tail dropped so that all ranks have equally many.
+            Otherwise evaluation: in order, every sample exactly once over all ranks, nothing padded, epoch always 0.
+        seed: of the order.
+        num_replicas: ranks.
+        rank: this rank, from 0.
+    """
+
+    def __init__(self, dataset: Sized, *, shuffle: bool, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(
+            dataset,  # type: ignore[arg-type]  # only its length is asked for
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=shuffle,
+        )
+        self.total = len(dataset)
+        self.start = 0
+        """Draws the next pass leaves out at its beginning; the pass sets it back to 0."""
+
+    def __iter__(self) -> Iterator[Draw]:
+        start, self.start = self.start, 0
+        if not self.shuffle:
+            return (Draw(0, i) for i in range(self.rank + start * self.num_replicas, self.total, self.num_replicas))
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.total)
+        mine = order[self.rank :: self.num_replicas][start : len(self)].tolist()
+        return (Draw(self.epoch, i) for i in mine)
+
+    def __len__(self) -> int:
+        """Samples of this rank."""
+        if self.shuffle:
+            return self.total // self.num_replicas
+        return len(range(self.rank, self.total, self.num_replicas))
+
+
+def even_batch_size(samples: int, num_replicas: int, batch_size: int) -> int:
+    """The batch size nearest to `batch_size` (from below if there is one) that gives all ranks equally many batches.
+
+    Ranks that share samples without padding may differ by one sample, and so by one batch; a rank that runs a batch
+    more than the others waits for them forever in the first collective call of a DDP or FSDP forward.
+
+    Raises:
+        ValueError: if there are fewer samples than ranks.
+    """
+    if samples < num_replicas:
+        raise ValueError(f"{samples} sample(s) cannot be shared by {num_replicas} ranks: every rank needs one")
+    fewest, rest = divmod(samples, num_replicas)
+    if rest == 0:
+        return batch_size
+    candidates = itertools.chain(range(batch_size, 1, -1), itertools.count(batch_size + 1))
+    return next(size for size in candidates if fewest % size)
+
+
+class ResumableLoader(DataLoader):
+    """A training loader over an `EpochSampler` that goes on in the middle of an epoch without decoding what was seen.
+
+    Lightning keeps `state_dict` in its checkpoints and gives it back. The iterator starts at its first batch, not
+    when it is made: Lightning makes it before it tells the sampler the epoch, too early for workers that prefetch.
+
+    Args:
+        finished: batches of the running epoch that training has finished. By default those handed out, which are one
+            more where a checkpoint is written because a step failed.
+        *args, **kwargs: as for `DataLoader`.
+    """
+
+    def __init__(self, *args: Any, finished: Callable[[], int] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.finished = finished
+        self.delivered = 0
+        self.resume: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler = self.sampler
+        resume, self.resume = self.resume, {}
+        self.delivered = 0
+        # Another epoch than the one the state tells of: that one was complete
+        if isinstance(sampler, EpochSampler) and resume.get("epoch") == sampler.epoch:
+            self.delivered = resume["batches"]
+            sampler.start = self.delivered * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self.delivered += 1
+            yield batch
+
+    def _shape(self) -> dict[str, int]:
+        return {"batch_size": self.batch_size or 1, "ranks": getattr(self.sampler, "num_replicas", 1)}
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches finished in it, and what a batch was."""
+        batches = self.delivered if self.finished is None else self.finished()
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": batches, **self._shape()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Makes the next pass, if it is over the same epoch, begin after the batches already seen."""
+        self.resume = dict(state_dict)
+        then = {key: state_dict[key] for key in self._shape()}
+        if then != self._shape():
+            warnings.warn(
+                f"the checkpoint was written with {then}, this run has {self._shape()}: until the end of the epoch "
+                "some images are seen twice or not at all",
+                stacklevel=2,
+            )
