@@ -58,9 +58,7 @@ class FocusSchedule:
             raise ValueError(f"patch_size must be a positive integer, got {self.patch_size}")
         if not 1 <= self.focus_states <= self.num_scales:
             raise ValueError(f"focus_states must lie in 1..{self.num_scales} (the scales), got {self.focus_states}")
-        if self.max_radius is None:
-            object.__setattr__(self, "max_radius", 12 / 256 * self.image_size)
-        elif not 0 <= self.max_radius < self.image_size / 2:
+        if self.max_radius is not None and not 0 <= self.max_radius < self.image_size / 2:
             raise ValueError(f"max_radius must lie in [0, {self.image_size / 2}) pixels, got {self.max_radius}")
         if self.schedule == "nyquist":
             if self.focus_states != self.num_scales:
@@ -114,10 +112,10 @@ class FocusSchedule:
             return tuple(float(r) for r in self.schedule)
         if last == 0:
             return (0.0,)
-        assert self.max_radius is not None
+        first = 12 / 256 * self.image_size if self.max_radius is None else self.max_radius
         if self.schedule == "linear":
-            return tuple(self.max_radius * (last - k) / last for k in range(last + 1))
-        blurred = (round(self.max_radius * (1 + math.cos(math.pi * k / last)) / 2, 9) for k in range(last))
+            return tuple(first * (last - k) / last for k in range(last + 1))
+        blurred = (round(first * (1 + math.cos(math.pi * k / last)) / 2, 9) for k in range(last))
         return (*blurred, 0.0)
 
     @property

@@ -17,13 +17,13 @@ from fvar_lightning.tokenizer.codebook import Codebook
 from fvar_lightning.tokenizer.vqvae import check_patch_size
 
 
-class AliasOutput(NamedTuple):
-    """A training pass of the alias tokenizer over n scales."""
+class AliasPass(NamedTuple):
+    """A training pass over n scales."""
 
-    targets: list[Tensor]
-    """The residuals at unit variance, n tensors (B, 3, pn_s p, pn_s p)."""
     reconstructions: list[Tensor]
-    """The same, decoded."""
+    """Decoded residuals at unit variance, n tensors (B, 3, pn_s p, pn_s p)."""
+    targets: list[Tensor]
+    """What they should be."""
     indices: list[Tensor]
     """n tensors (B, pn_s^2) int64; empty while the codebook warms up."""
     loss: Tensor
@@ -85,7 +85,7 @@ class AliasTokenizer(nn.Module):
         variance = self.variance[scale] / (1 - (1 - self.momentum) ** self.batches).clamp_min(self.momentum)
         return torch.where(variance > 0, variance.sqrt(), 1.0)
 
-    def forward(self, residuals: Sequence[Tensor]) -> AliasOutput:
+    def forward(self, residuals: Sequence[Tensor]) -> AliasPass:
         """A training pass.
 
         Args:
@@ -112,7 +112,7 @@ class AliasTokenizer(nn.Module):
             quantised = [z + (c - z).detach() for z, c in zip(features, codes, strict=True)]
         if self.training:
             self.codebook.step()
-        return AliasOutput(targets, [self.decoder(q) for q in quantised], indices, loss)
+        return AliasPass([self.decoder(q) for q in quantised], targets, indices, loss)
 
     @torch.no_grad()
     def _track(self, residuals: Sequence[Tensor]) -> None:

@@ -153,12 +153,3 @@ class Codebook(nn.Module):
         if replacement:
             vectors = vectors[torch.randperm(len(vectors), generator=generator)[:n].to(vectors.device)]
         return vectors
-
-
-def perplexity(indices: Tensor, vocab_size: int) -> Tensor:
-    """exp(entropy) of the codes' frequencies: how many codes are in effective use, in 1..V."""
-    p = torch.bincount(indices.flatten(), minlength=vocab_size).double()
-    p = p / p.sum()
-    return torch.exp(-torch.special.xlogy(p, p).sum())
-
-

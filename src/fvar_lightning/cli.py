@@ -1,0 +1,71 @@
+"""The command line: `fvar fit | validate | test | predict` (LightningCLI), and `fvar quickstart`."""
+
+import sys
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
+from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.writers import SampleWriter, TokenWriter
+
+COMPONENTS = (ImageDataModule, TokenDataModule, TokenizerTask, FVARTask, SampleWriter, TokenWriter)
+"""Classes a configuration may name without their module: importing them here is what makes the short names known."""
+
+
+class FVARCommandLine(LightningCLI):
+    """LightningCLI in which the data module tells the task the schedule and the classes."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for leaf in ("patch_nums", "patch_size", "focus_states", "max_radius", "schedule"):
+            parser.link_arguments(f"data.init_args.schedule.{leaf}", f"model.init_args.schedule.{leaf}")
+        for name in ("num_classes", "class_names"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """Report what a constructor refused as a command-line error, not as a traceback."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            root: BaseException = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            self.parser.error(str(root))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `fvar` with the given arguments, those of the process by default.
+
+    Raises:
+        SystemExit: with status 2 if an argument is refused; the message names it.
+    """
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["quickstart"]:
+        from fvar_lightning.quickstart import quickstart
+
+        auto_cli(quickstart, args=args[1:], prog="fvar quickstart")
+        return
+    FVARCommandLine(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        parser_kwargs={
+            "prog": "fvar",
+            "allow_abbrev": False,
+            "epilog": "'fvar quickstart' runs all stages, small, on the photographs bundled with scikit-image.",
+        },
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def configs() -> Path:
+    """Folder of the configurations that come with the package."""
+    here = Path(__file__).parent
+    installed = here / "configs"
+    return installed if installed.is_dir() else here.parents[1] / "configs"

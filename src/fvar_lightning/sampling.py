@@ -1,0 +1,219 @@
+"""generate(): class-conditional sampling, scale by scale (VAR's procedure; only the student is needed).
+
+Legend: B batch, S scales, l tokens of one scale, V codebook, Z latent channels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvar_lightning.tokenizer.vqvae import VQVAE
+from fvar_lightning.transformer.layers import KVCache
+from fvar_lightning.transformer.var import VAR, Condition
+
+Revise = Callable[[int, Tensor, Tensor], Tensor]
+"""(scale, f_hat (B, Z, h, w) before it, sampled tokens (B, l)) -> the tokens to use."""
+
+
+def check_models(var: VAR, vae: VQVAE) -> None:
+    """Refuse a student and a tokenizer that do not speak the same tokens."""
+    for name, a, b in (
+        ("patch_nums", var.layout.patch_nums, vae.schedule.patch_nums),
+        ("vocab_size", var.vocab_size, vae.vocab_size),
+        ("z_channels", var.z_channels, vae.z_channels),
+    ):
+        if a != b:
+            raise ValueError(f"{name} of the student and of the tokenizer must be equal, got {a} and {b}")
+
+
+def guidance_scales(guidance: float | Sequence[float], num_scales: int) -> list[float]:
+    """Strength t of classifier-free guidance at every scale: a number ramps up from 0 as in VAR, a sequence is taken.
+
+    Raises:
+        ValueError: for a negative or infinite strength, or a sequence that has not S entries.
+    """
+    if isinstance(guidance, int | float):
+        strengths = [guidance * s / max(num_scales - 1, 1) for s in range(num_scales)]
+    else:
+        strengths = [float(t) for t in guidance]
+    if len(strengths) != num_scales or not all(0 <= t < float("inf") for t in strengths):
+        raise ValueError(
+            f"guidance must be a finite number from 0, or one for each of the {num_scales} scales, got {guidance!r}"
+        )
+    return strengths
+
+
+class Noise:
+    """Exponential noise for B images: from one generator for the whole batch, or one seed per image.
+
+    A categorical draw is argmax(p / noise), as `torch.multinomial` computes a single draw; so one generator
+    reproduces a batch of the official code, and a seed per image gives what that code makes of the image alone.
+    """
+
+    def __init__(
+        self, batch: int, device: torch.device, seeds: Sequence[int] | Tensor | None, generator: torch.Generator | None
+    ) -> None:
+        if seeds is not None and generator is not None:
+            raise ValueError("give seeds or a generator, not both")
+        if seeds is not None and len(seeds) != batch:
+            raise ValueError(f"seeds must hold one per image ({batch}), got {len(seeds)}")
+        self.generator = generator
+        self.per_image = None
+        if seeds is not None:
+            self.per_image = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+
+    def like(self, x: Tensor) -> Tensor:
+        """Noise of the shape of x (B, l, V)."""
+        noise = torch.empty_like(x)
+        if self.per_image is None:
+            return noise.exponential_(generator=self.generator)
+        for image, generator in zip(noise, self.per_image, strict=True):
+            image.exponential_(generator=generator)
+        return noise
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """(B, l, V) logits with all but the `top_k` best, and of these all but the `top_p` mass, at minus infinity."""
+    vocab = logits.shape[-1]
+    best, order = logits.topk(min(top_k, vocab) if top_k > 0 else vocab, dim=-1)
+    if top_p > 0:
+        best, order = best.flip(-1), order.flip(-1)
+        remove = best.softmax(-1).cumsum(-1) <= 1 - top_p
+        remove[..., -1] = False
+        best = best.masked_fill(remove, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter_(-1, order, best)
+
+
+def generate(
+    var: VAR,
+    vae: VQVAE,
+    labels: Tensor,
+    *,
+    guidance: float | Sequence[float] = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    seeds: Sequence[int] | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    more_smooth: bool = False,
+    revise: Revise | None = None,
+) -> Tensor:
+    """Images of the given classes, (B, 3, H, W) in [-1, 1].
+
+    Args:
+        var: the student.
+        vae: its structure tokenizer.
+        labels: (B,) int64 on the models' device, 0..num_classes (num_classes: class-free).
+        guidance: classifier-free guidance; a number g means g * s / (S - 1) at scale s (VAR), a sequence of S numbers
+            is taken as it is; 0 computes no unconditional half.
+        top_k: keep the k likeliest tokens, 0: all; more than V means all.
+        top_p: of these, keep the likeliest that hold this probability, 0: all.
+        seeds: one per image: the image is then the same alone or in any batch.
+        generator: one for the whole batch; without either, torch's default generator draws.
+        more_smooth: mix codes by Gumbel softmax instead of drawing one (for pictures, not for evaluation).
+        revise: may replace the sampled tokens of every scale (editing).
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+    *_, f_hat = sample(
+        var,
+        vae,
+        labels,
+        guidance=guidance,
+        top_k=top_k,
+        top_p=top_p,
+        seeds=seeds,
+        generator=generator,
+        more_smooth=more_smooth,
+        revise=revise,
+    )
+    return _decode(vae, f_hat)
+
+
+def generate_stages(var: VAR, vae: VQVAE, labels: Tensor, **options: Any) -> list[Tensor]:
+    """The image after every scale, coarse to sharp: S tensors (B, 3, H, W) in [-1, 1]. Takes what `generate` takes."""
+    return [_decode(vae, f_hat) for f_hat in sample(var, vae, labels, **options)]
+
+
+@torch.no_grad()
+def _decode(vae: VQVAE, f_hat: Tensor) -> Tensor:
+    return vae.decode_features(f_hat).clamp(-1, 1)
+
+
+@torch.no_grad()
+def sample(
+    var: VAR,
+    vae: VQVAE,
+    labels: Tensor,
+    *,
+    guidance: float | Sequence[float] = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    seeds: Sequence[int] | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    more_smooth: bool = False,
+    revise: Revise | None = None,
+) -> Iterator[Tensor]:
+    """f_hat (B, Z, h, w) after every scale; the arguments and errors of `generate`."""
+    check_models(var, vae)
+    _check_labels(labels, var.num_classes)
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must lie in [0, 1] (0: off), got {top_p}")
+    layout, quantizer = var.layout, vae.quantizer
+    strengths = guidance_scales(guidance, layout.num_scales)
+    noise = Noise(len(labels), labels.device, seeds, generator)
+    batch = len(labels)
+    guided = any(strengths) and bool((labels != var.num_classes).any())
+    if guided:
+        labels = torch.cat((labels, torch.full_like(labels, var.num_classes)))
+
+    condition = var.condition(labels)
+    modulations = var.modulations(condition)
+    positions = var.positions()
+    cache = KVCache(var.depth, layout.length)
+    size = layout.patch_nums[-1]
+    f_hat = torch.zeros(batch, var.z_channels, size, size, device=labels.device)
+    tokens = var.start(condition) + positions[:, layout.slices[0]]
+    for s, t in enumerate(strengths):
+        hidden = var.step(tokens, modulations, cache)
+        logits = _guided_logits(var, hidden, condition, t) if guided else var.logits(hidden, condition)
+        logits = truncate(logits.float(), top_k, top_p)
+        probabilities = logits.softmax(-1)
+        indices = (probabilities / noise.like(probabilities)).argmax(-1)
+        if revise is not None:
+            indices = revise(s, f_hat, indices)
+        code = quantizer.code_map(indices)
+        if more_smooth:
+            code = _smooth_code(logits, s / max(layout.num_scales - 1, 1), noise, quantizer.codebook.embedding.weight)
+        f_hat = quantizer.add(f_hat, code, s)
+        yield f_hat
+        if s + 1 < layout.num_scales:
+            inputs = quantizer.next_input(f_hat, s).to(var.word_embed.weight.dtype)
+            tokens = var.word_embed(inputs.repeat(len(labels) // batch, 1, 1)) + positions[:, layout.slices[s + 1]]
+
+
+def _guided_logits(var: VAR, hidden: Tensor, condition: Condition, t: float) -> Tensor:
+    """(1 + t) cond - t uncond, mixed before the linear classifier, which halves its work."""
+    conditional, free = var.head_nm(hidden, condition.embedding).chunk(2)
+    return var.head(conditional if t == 0 else (1 + t) * conditional - t * free)
+
+
+def _smooth_code(logits: Tensor, ratio: float, noise: Noise, codes: Tensor) -> Tensor:
+    """VAR's Gumbel-softmax mixture of codes, (B, Z, pn, pn); `ratio` is s / (S - 1)."""
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    weights = ((logits * (1 + ratio) - noise.like(logits).log()) / temperature).softmax(-1)
+    batch, length, _ = logits.shape
+    side = round(length**0.5)
+    return (weights @ codes).transpose(1, 2).reshape(batch, codes.shape[1], side, side)
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    if labels.dim() != 1 or labels.dtype != torch.long:
+        raise ValueError(f"labels must be a 1-d int64 tensor, got {labels.dtype} of shape {tuple(labels.shape)}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"labels must lie in 0..{num_classes} ({num_classes}: class-free), got {low}..{high}")

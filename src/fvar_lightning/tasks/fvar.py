@@ -1,0 +1,277 @@
+"""FVARTask: stage 2, the training of teacher and student on tokens, and sampling with the student.
+
+Legend: B batch, S scales, L tokens of all scales, Z latent channels.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from fvar_lightning.checkpoints import load_tokenizer
+from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
+from fvar_lightning.data.tokens import TokenMeta
+from fvar_lightning.sampling import generate
+from fvar_lightning.tasks.sharding import shard
+from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
+from fvar_lightning.tokenizer.alias import AliasTokenizer
+from fvar_lightning.tokenizer.vqvae import VQVAE
+from fvar_lightning.transformer.teacher import HighFrequencyTeacher, TeacherOutput
+from fvar_lightning.transformer.var import VAR, Trace
+
+
+def default_optimizer(params: Any) -> torch.optim.Optimizer:
+    """AdamW as VAR is trained."""
+    return torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+
+
+class FVARTask(LightningModule):
+    """Trains the student, and the teacher that distils the alias tokens into it (paper section 3.5, eq. 11-12).
+
+        loss = CE(student) + teacher_loss_weight * CE(teacher)
+             + feature_weight * MSE(features) + logit_weight * KL(teacher || student)
+
+    Takes batches of `ImageDataModule` or `TokenDataModule`. The tokenizers are frozen and travel in the checkpoint. With
+    the three weights at 0 there is no teacher: plain VAR.
+
+    Args:
+        structure_tokenizer: checkpoint of the structure tokenizer.
+        alias_tokenizer: checkpoint of the alias tokenizer; without one the alias residuals go through the structure
+            tokenizer (needs targets ``view``).
+        num_classes: from the data module.
+        class_names: from the data module.
+        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm: of the student, see `VAR`.
+        trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
+        teacher_loss_weight: of the teacher's own cross-entropy.
+        feature_weight: of the feature distillation (lambda_feat).
+        logit_weight: of the logit distillation (lambda_logit).
+        feature_blocks: how many of the last blocks are compared.
+        label_dropout: probability that a label becomes the class-free one.
+        guidance, top_k, top_p: of `generate`, for prediction.
+        optimizer: of student and teacher.
+        lr_warmup: part of the run during which the learning rate rises.
+        lr_final: learning rate at the end over its peak.
+        seed: of label dropout and stochastic depth.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+
+    def __init__(
+        self,
+        structure_tokenizer: str,
+        alias_tokenizer: str | None = None,
+        num_classes: int = 1000,
+        class_names: list[str] | None = None,
+        depth: int = 16,
+        width: int | None = None,
+        heads: int | None = None,
+        drop_path_rate: float | None = None,
+        shared_aln: bool = False,
+        attn_l2_norm: bool = True,
+        trunk: Literal["shared", "separate"] = "shared",
+        alias_blocks: int = 2,
+        alias_scales: int | None = None,
+        alias_context: Literal["causal", "own_scale"] = "causal",
+        teacher_loss_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        logit_weight: float = 0.5,
+        feature_blocks: int = 1,
+        label_dropout: float = 0.1,
+        guidance: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_warmup: float = 0.02,
+        lr_final: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        weights = {
+            "teacher_loss_weight": teacher_loss_weight,
+            "feature_weight": feature_weight,
+            "logit_weight": logit_weight,
+        }
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"{name} must not be negative, got {weight}")
+        if teacher_loss_weight == 0 and (feature_weight or logit_weight):
+            raise ValueError(
+                "teacher_loss_weight 0 leaves the teacher untrained: "
+                f"feature_weight and logit_weight must be 0 too, got {feature_weight} and {logit_weight}"
+            )
+        if not 1 <= feature_blocks <= alias_blocks:
+            raise ValueError(f"feature_blocks must lie in 1..{alias_blocks} (alias_blocks), got {feature_blocks}")
+        if not 0 <= label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.optimizer_factory = optimizer
+        vae = load_tokenizer(structure_tokenizer)
+        if not isinstance(vae, VQVAE):
+            raise ValueError(f"structure_tokenizer {structure_tokenizer!r} holds an alias tokenizer")
+        self.vae = vae
+        self.alias_tokenizer = self._load_alias(alias_tokenizer)
+        self.student = VAR(
+            vae.schedule.patch_nums,
+            vocab_size=vae.vocab_size,
+            z_channels=vae.z_channels,
+            num_classes=num_classes,
+            depth=depth,
+            width=width,
+            heads=heads,
+            drop_path_rate=drop_path_rate,
+            shared_aln=shared_aln,
+            attn_l2_norm=attn_l2_norm,
+        )
+        self.teacher: HighFrequencyTeacher | None = None
+        if teacher_loss_weight > 0:
+            self.teacher = HighFrequencyTeacher(
+                self.student,
+                alias_channels=self._alias_source.z_channels,
+                alias_blocks=alias_blocks,
+                alias_scales=alias_scales,
+                alias_context=alias_context,
+                trunk=trunk,
+            )
+
+    def _load_alias(self, path: str | None) -> AliasTokenizer | None:
+        if path is None:
+            return None
+        tokenizer = load_tokenizer(path)
+        if not isinstance(tokenizer, AliasTokenizer):
+            raise ValueError(f"alias_tokenizer {path!r} holds a structure tokenizer")
+        if tokenizer.schedule != self.vae.schedule:
+            raise ValueError(
+                "the tokenizers were trained on different schedules: "
+                f"structure_tokenizer {self.vae.schedule}, alias_tokenizer {tokenizer.schedule}"
+            )
+        return tokenizer
+
+    @property
+    def _alias_source(self) -> AliasTokenizer | VQVAE:
+        """What turns alias residuals into tokens."""
+        return self.vae if self.alias_tokenizer is None else self.alias_tokenizer
+
+    def configure_model(self) -> None:
+        """Shard student and teacher where the strategy is FSDP2 (`ModelParallelStrategy`)."""
+        if self.device_mesh is not None:
+            shard(self.student, self.teacher, self.device_mesh["data_parallel"])
+
+    def setup(self, stage: str) -> None:
+        """Refuse a data module of another schedule."""
+        check_schedule(self, self.vae.schedule)
+
+    def train(self, mode: bool = True) -> "FVARTask":
+        """Training mode, but never for the frozen tokenizers."""
+        super().train(mode)
+        self.vae.eval()
+        if self.alias_tokenizer is not None:
+            self.alias_tokenizer.eval()
+        return self
+
+    @torch.no_grad()
+    def tokens(self, batch: ImageBatch | TokenBatch) -> TokenBatch:
+        """The token maps of a batch; alias tokens only where a teacher reads them."""
+        if isinstance(batch, TokenBatch):
+            return batch
+        with torch.autocast(self.device.type, enabled=False):
+            structure = self.vae.encode(self._vae_input(batch))
+            alias = self._alias_source.encode(batch.views.alias) if self.teacher is not None else []
+        return TokenBatch(structure, alias, batch.labels)
+
+    def _vae_input(self, batch: ImageBatch) -> Tensor | list[Tensor]:
+        return {"view": batch.views.focused, "full": batch.blurred, "feature": batch.images}[self.vae.targets]
+
+    def losses(self, batch: TokenBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """All terms, and their weighted sum as ``loss``; labels are dropped where a generator is given."""
+        labels = batch.labels
+        if generator is not None and self.hparams.label_dropout > 0:
+            dropped = torch.rand(len(labels), device=labels.device, generator=generator) < self.hparams.label_dropout
+            labels = torch.where(dropped, self.student.num_classes, labels)
+        inputs = self.vae.var_inputs(batch.structure)
+        targets = torch.cat(list(batch.structure), dim=1)
+        trace = self.student.trace(labels, inputs, generator=generator)
+        terms = {"student": _cross_entropy(trace.logits, targets)}
+        terms["loss"] = terms["student"]
+        if self.teacher is not None:
+            alias = self._alias_source.codes(torch.cat(list(batch.alias), dim=1))
+            taught = self.teacher(self.student, trace, labels, inputs, alias, generator=generator)
+            terms["teacher"] = _cross_entropy(taught.logits, targets)
+            terms["feature"] = self._feature_loss(trace, taught)
+            terms["logit"] = _divergence(taught.logits.detach(), trace.logits)
+            terms["loss"] = (
+                terms["student"]
+                + self.hparams.teacher_loss_weight * terms["teacher"]
+                + self.hparams.feature_weight * terms["feature"]
+                + self.hparams.logit_weight * terms["logit"]
+            )
+        return terms
+
+    def _feature_loss(self, trace: Trace, taught: TeacherOutput) -> Tensor:
+        """Mean squared error of the last blocks' outputs, averaged over elements (eq. 12)."""
+        n = self.hparams.feature_blocks
+        pairs = zip(trace.hidden[-n:], taught.hidden[-n:], strict=True)
+        return torch.stack([F.mse_loss(s, t.detach()) for s, t in pairs]).mean()
+
+    def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
+        """One step; logs every term as ``train/*``."""
+        key = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
+        terms = self.losses(self.tokens(batch), batch_generator(self.device, *key))
+        self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
+        return terms["loss"]
+
+    def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
+        """Log every term as ``val/*``."""
+        terms = self.losses(self.tokens(batch))
+        values = {f"val/{k}": v for k, v in terms.items()}
+        self.log_dict(values, sync_dist=True, prog_bar=True, batch_size=len(batch.labels))
+
+    test_step = validation_step
+
+    def generate(self, labels: Tensor, **options: Any) -> Tensor:
+        """Images of the labels by the student, with the task's guidance, top_k and top_p; see `generate`."""
+        sampling = {name: self.hparams[name] for name in ("guidance", "top_k", "top_p")}
+        return generate(self.student, self.vae, labels, **(sampling | options))
+
+    def predict_step(self, batch: SampleBatch | ImageBatch, batch_idx: int) -> Tensor | TokenBatch:
+        """Images (B, 3, H, W) for a `SampleBatch`, tokens for an `ImageBatch` (token caches)."""
+        if isinstance(batch, SampleBatch):
+            return self.generate(batch.labels, seeds=batch.seeds)
+        return self.tokens(batch)
+
+    def token_meta(self) -> TokenMeta:
+        """What a cache of this task's tokens holds."""
+        return TokenMeta(
+            patch_nums=self.vae.schedule.patch_nums,
+            class_names=self.class_names,
+            structure_vocab=self.vae.vocab_size,
+            alias_vocab=self._alias_source.vocab_size if self.teacher is not None else 0,
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of every label; its number where there is none."""
+        return self.hparams.class_names or [str(label) for label in range(self.student.num_classes)]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser with a learning rate that warms up and then falls linearly."""
+        modules = [m for m in (self.student, self.teacher) if m is not None]
+        optimizer = self.optimizer_factory(parameter_groups(modules))
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = warmup_linear(optimizer, steps, self.hparams.lr_warmup, self.hparams.lr_final)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over all tokens."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student), mean over tokens (eq. 12)."""
+    p, q = teacher.flatten(0, 1).float().log_softmax(-1), student.flatten(0, 1).float().log_softmax(-1)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)

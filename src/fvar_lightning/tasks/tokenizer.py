@@ -1,0 +1,199 @@
+"""TokenizerTask: stage 1, the training of the structure tokenizer or of the alias tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics.image import PeakSignalNoiseRatio
+
+from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
+from fvar_lightning.tokenizer.alias import AliasPass, AliasTokenizer
+from fvar_lightning.tokenizer.build import Kind, build_tokenizer
+from fvar_lightning.tokenizer.losses import pixel_loss
+from fvar_lightning.tokenizer.metrics import CodebookUsage, SignalToNoise
+from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
+
+
+def default_optimizer(params: Any) -> torch.optim.Optimizer:
+    """AdamW as tokenizers are usually trained."""
+    return torch.optim.AdamW(params, lr=3e-4, betas=(0.5, 0.9), weight_decay=0.05)
+
+
+class TokenizerTask(LightningModule):
+    """Trains one tokenizer on the batches of `ImageDataModule`.
+
+    Args:
+        schedule: token layout and focus states; equal to the data module's.
+        kind: ``structure`` (Q_L) or ``alias`` (Q_A).
+        targets: what a token map of the structure tokenizer stands for, see `VQVAE`.
+        vocab_size, z_channels, ch, ch_mult, num_res_blocks: of the network.
+        decay, warmup_steps, revive_after: of the `Codebook`.
+        l1_weight, l2_weight: of the pixel losses.
+        vq_weight: of the codebook and commitment loss.
+        scale_dropout: probability that a sample is decoded after an earlier scale, against the focus state of that
+            scale, so that a partial token sequence decodes to a blurred image (structure).
+        noise: standard deviation of the noise on the input at the first and the last scale (beta of the paper), in
+            training only and never on a target (structure).
+        optimizer: of all parameters.
+        lr_warmup: part of the run during which the learning rate rises.
+        lr_final: learning rate at the end over its peak.
+        seed: of noise and scale dropout.
+    """
+
+    def __init__(
+        self,
+        schedule: FocusSchedule = FocusSchedule(),  # noqa: B008 - frozen
+        kind: Kind = "structure",
+        targets: Targets = "view",
+        vocab_size: int = 8192,
+        z_channels: int = 32,
+        ch: int = 160,
+        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        decay: float = 0.99,
+        warmup_steps: int = 1000,
+        revive_after: int = 200,
+        l1_weight: float = 0.2,
+        l2_weight: float = 1.0,
+        vq_weight: float = 1.0,
+        scale_dropout: float = 0.1,
+        noise: tuple[float, float] = (1e-3, 1e-2),
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_warmup: float = 0.02,
+        lr_final: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.schedule = FocusSchedule.of(schedule)
+        if not 0 <= scale_dropout < 1:
+            raise ValueError(f"scale_dropout must lie in [0, 1), got {scale_dropout}")
+        if len(noise) != 2 or min(noise) < 0:
+            raise ValueError(f"noise must be two standard deviations from 0, got {noise}")
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.hparams["schedule"] = asdict(self.schedule)
+        self.optimizer_factory = optimizer
+        self.description: dict[str, Any] = {
+            "kind": kind,
+            "schedule": asdict(self.schedule),
+            "vocab_size": vocab_size,
+            "z_channels": z_channels,
+            "ch": ch,
+            "ch_mult": list(ch_mult),
+            "num_res_blocks": num_res_blocks,
+            "decay": decay,
+            "warmup_steps": warmup_steps,
+            "revive_after": revive_after,
+        }
+        if kind == "structure":
+            self.description["targets"] = targets
+        self.tokenizer = build_tokenizer(**self.description)
+        # convolutions run up to three times faster on this layout
+        self.tokenizer.to(memory_format=torch.channels_last)
+        # the last scale is sharp and has no residual
+        self.scales = self.schedule.num_scales - (kind == "alias")
+        self.usage = CodebookUsage(self.scales, vocab_size)
+        self.psnr = PeakSignalNoiseRatio(data_range=2.0)
+        self.snr = SignalToNoise(self.scales if kind == "alias" else 1)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a data module of another schedule."""
+        check_schedule(self, self.schedule)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say how to build the tokenizer, so that stage 2 and `load_tokenizer` can."""
+        checkpoint["tokenizer"] = self.description
+
+    def _inputs(self, batch: ImageBatch, generator: torch.Generator | None) -> Tensor | list[Tensor]:
+        """What the structure tokenizer encodes; with noise where there is a generator."""
+        assert isinstance(self.tokenizer, VQVAE)
+        if self.tokenizer.targets == "feature":
+            return _noisy([batch.images], self.hparams.noise[1:], generator)[0]
+        views = batch.views.focused if self.tokenizer.targets == "view" else batch.blurred
+        return _noisy(views, torch.linspace(*self.hparams.noise, len(views)).tolist(), generator)
+
+    def _pass(self, batch: ImageBatch, generator: torch.Generator | None) -> AliasPass:
+        """Encode, quantise and decode."""
+        if isinstance(self.tokenizer, AliasTokenizer):
+            return self.tokenizer(batch.views.alias[: self.scales])
+        quantized = self.tokenizer(self._inputs(batch, generator))
+        f_hat, target = quantized.stages[-1], batch.images
+        if generator is not None and self.hparams.scale_dropout > 0:
+            scale = self._last_scales(len(target), generator)
+            rows = torch.arange(len(target), device=self.device)
+            states = torch.tensor(self.schedule.states, device=self.device)
+            f_hat = torch.stack(quantized.stages)[scale, rows]
+            target = torch.stack(batch.blurred)[states[scale], rows]
+        image = self.tokenizer.decode_features(f_hat)
+        return AliasPass([image], [target], quantized.indices, quantized.loss)
+
+    def _last_scales(self, batch: int, generator: torch.Generator) -> Tensor:
+        """(B,) the scale after which a sample is decoded."""
+        last = self.schedule.num_scales - 1
+        dropped = torch.rand(batch, device=self.device, generator=generator) < self.hparams.scale_dropout
+        earlier = torch.randint(max(last, 1), (batch,), device=self.device, generator=generator)
+        return torch.where(dropped, earlier, last)
+
+    def _loss(self, passed: AliasPass) -> tuple[Tensor, Tensor]:
+        pairs = zip(passed.reconstructions, passed.targets, strict=True)
+        pixel = sum(pixel_loss(x, y, self.hparams.l1_weight, self.hparams.l2_weight) for x, y in pairs)
+        pixel = pixel / len(passed.targets)
+        return pixel + self.hparams.vq_weight * passed.loss, pixel
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """One step; logs ``train/loss``, ``train/pixel`` and ``train/vq``."""
+        key = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
+        passed = self._pass(batch, batch_generator(self.device, *key))
+        loss, pixel = self._loss(passed)
+        self.log_dict({"train/loss": loss, "train/pixel": pixel, "train/vq": passed.loss}, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Accumulate ``val/loss``, PSNR or SNR, and code usage."""
+        passed = self._pass(batch, None)
+        loss, _ = self._loss(passed)
+        self.log("val/loss", loss, sync_dist=True, batch_size=len(batch.images))
+        self.usage.update(passed.indices)
+        self.snr.update(passed.reconstructions, passed.targets)
+        if isinstance(self.tokenizer, VQVAE):
+            self.psnr.update(passed.reconstructions[0].clamp(-1, 1), passed.targets[0])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/usage/*`` and ``val/psnr`` (structure) or ``val/snr/*`` per scale (alias), in dB."""
+        usage = self.usage.compute()
+        sides = self.schedule.patch_nums[: self.scales]
+        self.log_dict({f"val/usage/{n}x{n}": u for n, u in zip(sides, usage[:-1], strict=True)})
+        self.log("val/usage/all", usage[-1], prog_bar=True)
+        self.usage.reset()
+        if isinstance(self.tokenizer, VQVAE):
+            self.log("val/psnr", self.psnr.compute(), prog_bar=True)
+            self.psnr.reset()
+        else:
+            self.log_dict({f"val/snr/{n}x{n}": x for n, x in zip(sides, self.snr.compute(), strict=True)})
+        self.snr.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser with a learning rate that warms up and then falls linearly."""
+        optimizer = self.optimizer_factory(parameter_groups([self.tokenizer]))
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = warmup_linear(optimizer, steps, self.hparams.lr_warmup, self.hparams.lr_final)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _noisy(
+    views: Sequence[Tensor], deviations: Sequence[float], generator: torch.Generator | None
+) -> list[Tensor]:
+    """Views plus Gaussian noise of the given standard deviations; as they are without a generator."""
+    if generator is None:
+        return list(views)
+    pairs = zip(views, deviations, strict=True)
+    return [v + b * torch.randn(v.shape, device=v.device, generator=generator) for v, b in pairs]

@@ -1,0 +1,59 @@
+"""What both tasks share: reproducible randomness, parameter groups and the learning rate over time."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from fvar_lightning.schedule import FocusSchedule
+
+
+def batch_generator(device: torch.device, *key: int) -> torch.Generator:
+    """A generator that depends on the key alone (seed, epoch, batch, rank, ...): a resumed run draws what an
+    undisturbed one would."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def check_schedule(task: LightningModule, schedule: FocusSchedule) -> None:
+    """Refuse a data module whose schedule is not the task's.
+
+    Raises:
+        ValueError: with both.
+    """
+    data = getattr(task.trainer, "datamodule", None)
+    theirs = getattr(data, "schedule", schedule)
+    if theirs != schedule:
+        raise ValueError(f"schedule of the data module and of the tokenizer differ: {theirs} and {schedule}")
+
+
+def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices with the optimiser's weight decay; biases, gains, embeddings of
+    position and level, and attention temperatures without (VAR's rule)."""
+    decayed, free = [], []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = parameter.squeeze().dim() > 1 and not any(word in name for word in _UNDECAYED)
+                (decayed if is_matrix else free).append(parameter)
+    return [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+
+
+_UNDECAYED = ("pos_", "lvl_embed", "ada_gss", "scale_mul", "alias_positions", "alias_levels", "bias")
+
+
+def warmup_linear(optimizer: torch.optim.Optimizer, steps: int, warmup: float, final: float) -> LambdaLR:
+    """Learning rate rising linearly over the first `warmup` of `steps`, then falling linearly to `final` of the peak."""
+    rising = max(round(warmup * steps), 1)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        rest = (steps - step) / max(steps - rising, 1)
+        return final + (1 - final) * max(rest, 0.0)
+
+    return LambdaLR(optimizer, factor)
