@@ -92,16 +92,26 @@ class ResumableLoader(DataLoader):
         super().__init__(*args, **kwargs)
         self.finished = finished
         self.delivered = 0
-        self.resume: dict[str, int] = {}
+        self.epoch = 0
+        self.resume: dict[str, int] | None = None
+        # Lightning counts an epoch twice if a run with max_steps resumes from the end of an epoch
+        self.overcount = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
-        resume, self.resume = self.resume, {}
+        resume, self.resume = self.resume, None
         self.delivered = 0
-        # Another epoch than the one the state tells of: that one was complete
-        if isinstance(sampler, EpochSampler) and resume.get("epoch") == sampler.epoch:
-            self.delivered = resume["batches"]
-            sampler.start = self.delivered * (self.batch_size or 1)
+        # overfit_batches puts another sampler here, which knows no epochs
+        if isinstance(sampler, EpochSampler):
+            if resume is not None:
+                self.overcount = resume["overcount"]
+                if sampler.epoch - self.overcount == resume["epoch"]:
+                    self.delivered = resume["batches"]
+                    sampler.start = self.delivered * (self.batch_size or 1)
+                else:  # that epoch was complete, this is the next one
+                    self.overcount = sampler.epoch - resume["epoch"] - 1
+            self.epoch = sampler.epoch - self.overcount
+            sampler.set_epoch(self.epoch)
         for batch in super().__iter__():
             self.delivered += 1
             yield batch
@@ -112,7 +122,7 @@ class ResumableLoader(DataLoader):
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches finished in it, and what a batch was."""
         batches = self.delivered if self.finished is None else self.finished()
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": batches, **self._shape()}
+        return {"epoch": self.epoch, "overcount": self.overcount, "batches": batches, **self._shape()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Makes the next pass, if it is over the same epoch, begin after the batches already seen."""

@@ -1,0 +1,382 @@
+"""Data modules: what their batches hold, what they refuse, and token caches."""
+
+import json
+import pickle
+import struct
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning import LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
+from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
+from fvar_lightning.data.datasets import FolderDataset
+from fvar_lightning.data.tokens import TokenDataset, TokenMeta, remove_tokens, write_index, write_tokens
+from fvar_lightning.optics.refocus import Refocus
+from fvar_lightning.schedule import FocusSchedule
+
+SCHEDULE = FocusSchedule((1, 2, 4), patch_size=4, focus_states=3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of ten images, and one broken image more."""
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "bee" / "broken.png").write_bytes(b"?")
+    return tmp_path
+
+
+def module(source: object, **options) -> ImageDataModule:
+    options = {"image_size": 16, "schedule": SCHEDULE, "batch_size": 4, "num_workers": 0, "val_fraction": 0.2} | options
+    return ImageDataModule(str(source), **options)
+
+
+def on_rank(data, rank: int, ranks: int):
+    data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, num_devices=1)
+    return data
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+def test_batches_hold_images_and_what_the_optics_make_of_them(folder: Path) -> None:
+    data = module(folder)
+    assert data.num_classes == 3
+    assert data.class_names == ["ant", "bee", "cow"]
+    raw = next(iter(data.train_dataloader()))
+    batch = data.on_after_batch_transfer(raw, 0)
+    assert isinstance(batch, ImageBatch)
+    pixels, labels = raw
+    np.testing.assert_allclose(batch.images.numpy(), pixels.numpy() / 255.0 * 2 - 1, atol=1e-6)
+    assert batch.images.dtype == torch.float32
+    assert torch.equal(batch.labels, labels)
+    refocus = Refocus(SCHEDULE, "disk")
+    expected = refocus(batch.images)
+    for ours, theirs in zip(batch.views, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert [tuple(state.shape) for state in batch.blurred] == [(4, 3, 16, 16)] * 3
+    assert torch.equal(batch.blurred[-1], batch.images)
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+def test_views_are_float32_without_gradients_under_autocast(folder: Path) -> None:
+    data = module(folder)
+    raw = next(iter(data.train_dataloader()))
+    plain = data.on_after_batch_transfer(raw, 0)
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        batch = data.on_after_batch_transfer(raw, 0)
+    for tensor, same in zip(batch.views.focused + batch.blurred, plain.views.focused + plain.blurred, strict=True):
+        assert tensor.dtype == torch.float32
+        assert not tensor.requires_grad
+        assert torch.equal(tensor, same)
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+def test_validation_sees_every_image_once_over_three_ranks_in_equally_many_batches(folder: Path) -> None:
+    loaders = [on_rank(module(folder, batch_size=2, val_fraction=0.35), rank, 3).val_dataloader() for rank in range(3)]
+    batches = [list(loader) for loader in loaders]
+    assert len({len(share) for share in batches}) == 1
+    pixels = torch.cat([images for share in batches for images, _ in share])
+    everything = module(folder, val_fraction=0.35)
+    whole = torch.cat([images for images, _ in everything.val_dataloader()])
+    assert len(pixels) == len(whole) == 4 + 4 + 4
+    assert sorted(map(hash, map(bytes, pixels.numpy()))) == sorted(map(hash, map(bytes, whole.numpy())))
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+def test_training_ranks_get_equally_many_different_images(folder: Path) -> None:
+    loaders = [on_rank(module(folder), rank, 3).train_dataloader() for rank in range(3)]
+    indices = [[draw.index for draw in loader.sampler] for loader in loaders]
+    assert [len(share) for share in indices] == [8, 8, 8]
+    assert len(set().union(*indices)) == 24
+    assert [len(loader) for loader in loaders] == [2, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+def test_incomplete_last_batch_is_dropped_unless_it_is_all_there_is(folder: Path) -> None:
+    assert [len(images) for images, _ in module(folder, batch_size=7).train_dataloader()] == [7, 7, 7]
+    assert [len(images) for images, _ in module(folder, batch_size=100).train_dataloader()] == [25]
+
+
+def test_requests_for_samples(folder: Path) -> None:
+    data = module(folder, samples_per_class=3, base_seed=100)
+    batches = list(data.predict_dataloader())
+    assert all(isinstance(batch, SampleBatch) for batch in batches)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert torch.cat([batch.seeds for batch in batches]).tolist() == list(range(100, 109))
+    assert data.on_after_batch_transfer(batches[0], 0) is batches[0]
+    shares = [on_rank(module(folder, samples_per_class=3), rank, 2).predict_dataloader() for rank in range(2)]
+    seeds = [[seed for batch in share for seed in batch.seeds.tolist()] for share in shares]
+    assert seeds == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+
+
+def test_training_images_in_order_for_token_caches(folder: Path) -> None:
+    (folder / "bee" / "broken.png").unlink()
+    data = module(folder, predict="tokens", crops_per_image=2)
+    images, labels = (torch.cat(part) for part in zip(*data.predict_dataloader(), strict=True))
+    assert labels.tolist() == ([0] * 8 + [1] * 8 + [2] * 8) * 2
+    assert not torch.equal(images[:24], images[24:]), "every pass takes other crops"
+
+
+def test_torchvision_source(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 8), ("t10k", 4)):
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, count, 28, 28) + bytes(count * 784)
+        )
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(range(count)))
+    data = module("FashionMNIST", root=str(tmp_path))
+    assert data.num_classes == 10
+    assert data.class_names[9] == "Ankle boot"
+    assert sum(len(labels) for _, labels in data.val_dataloader()) == 4
+
+
+def test_photographs_are_the_default() -> None:
+    pytest.importorskip("skimage")
+    data = ImageDataModule(image_size=16, schedule=SCHEDULE, crops_per_photograph=2, batch_size=8, num_workers=0)
+    assert data.num_classes == len(data.class_names) >= 8
+    assert [len(part) for part in (data._data.train, data._data.val)] == [2 * data.num_classes, data.num_classes]
+
+
+def test_refusals(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_size .* patch_nums .* patch_size: 4 \* 4 = 16, got 32"):
+        module(folder, image_size=32)
+    with pytest.raises(ValueError, match="predict must be 'samples' or 'tokens', got 'images'"):
+        module(folder, predict="images")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        module(folder, batch_size=0)
+    with pytest.raises(ValueError, match="resize"):
+        module(folder, resize="stretch")
+    with pytest.raises(ValueError, match="val_fraction"):
+        module(folder, val_fraction=1.5)
+    with pytest.raises(ValueError, match="'no/such/folder'"):
+        _ = module("no/such/folder").num_classes
+    with pytest.raises(ValueError, match="root must tell where it lies"):
+        _ = module("CIFAR10").num_classes
+    with pytest.raises(ValueError, match=r"every rank needs one|cannot be shared"):
+        on_rank(module(folder), 0, 100).val_dataloader()
+    with pytest.raises(ValueError, match="cannot be shared by 100 ranks"):
+        on_rank(module(folder), 0, 100).train_dataloader()
+
+
+def test_options_parse_as_on_the_command_line(folder: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(ImageDataModule, "data")
+    config = parser.parse_args(
+        [
+            f"--data.source={folder}",
+            "--data.image_size=32",
+            "--data.resize=adm",
+            "--data.schedule.patch_nums=[1,2,4]",
+            "--data.schedule.patch_size=8",
+            "--data.schedule.focus_states=2",
+        ]
+    )
+    data = parser.instantiate(config).data
+    assert data.schedule == FocusSchedule((1, 2, 4), 8, 2)
+    assert data.num_classes == 3
+
+
+class Watcher(LightningModule):
+    """Keeps what arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.batches: list = []
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        self.batches.append(batch)
+        return self.layer(batch.images.mean((2, 3))).sum()
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        assert isinstance(batch, ImageBatch)
+
+    def predict_step(self, batch: SampleBatch, batch_idx: int) -> Tensor:
+        return batch.seeds
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def trainer(**options) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(accelerator="cpu", enable_checkpointing=False, max_epochs=1, **quiet, **options)
+
+
+def test_whole_run_reports_unreadable_images_and_leaves_a_plain_checkpoint(folder: Path, tmp_path: Path) -> None:
+    data = module(folder, num_workers=1)
+    watcher = Watcher()
+    run = trainer(precision="bf16-mixed")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(watcher, datamodule=data)
+    reports = [str(w.message) for w in caught if "unreadable training images" in str(w.message)]
+    assert len(reports) == 1
+    assert "1 of 25 images" in reports[0]
+    assert "broken.png" in reports[0]
+    assert all(isinstance(batch, ImageBatch) and batch.images.dtype == torch.float32 for batch in watcher.batches)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    torch.load(tmp_path / "run.ckpt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prediction_and_overfitting_through_the_trainer(folder: Path) -> None:
+    data = module(folder, samples_per_class=2)
+    seeds = trainer().predict(Watcher(), datamodule=data)
+    assert torch.cat(seeds).tolist() == list(range(6))
+    watcher = Watcher()
+    trainer(overfit_batches=2).fit(watcher, datamodule=data)
+    assert [tuple(batch.images.shape) for batch in watcher.batches] == [(4, 3, 16, 16)] * 2
+
+
+def test_without_validation_images_there_is_no_loader(folder: Path) -> None:
+    assert module(folder, val_fraction=0).val_dataloader() == []
+
+
+def test_module_survives_pickling_for_spawned_processes(folder: Path) -> None:
+    data = module(folder)
+    assert data.num_classes == 3
+    assert pickle.loads(pickle.dumps(data.class_names)) == data.class_names
+    assert isinstance(pickle.loads(pickle.dumps(data._data.train)), FolderDataset)
+
+
+# ---- token caches --------------------------------------------------------------------------------------------------
+
+META = TokenMeta((1, 2), ["cat", "dog"], structure_vocab=60000, alias_vocab=8)
+
+
+def write_cache(folder: Path, rows: tuple[int, ...] = (3, 4), meta: TokenMeta = META) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(rows))
+    structure = torch.randint(0, meta.structure_vocab, (sum(rows), 5), generator=generator)
+    alias = torch.randint(0, 8, (sum(rows), 5), generator=generator)
+    labels = torch.randint(0, 2, (sum(rows),), generator=generator)
+    start = 0
+    for shard, count in enumerate(rows):
+        part = slice(start, start + count)
+        write_tokens(folder, shard, structure[part], alias[part] if meta.alias_vocab else None, labels[part])
+        start += count
+    write_index(folder, meta)
+    return structure, alias, labels
+
+
+def test_cache_gives_back_what_was_written(tmp_path: Path) -> None:
+    structure, alias, labels = write_cache(tmp_path)
+    assert structure.max() > 2**15, "needs all sixteen bits"
+    data = TokenDataset(tmp_path)
+    assert len(data) == 7
+    assert data.meta == META
+    batch = data.collate([data[i] for i in range(7)])
+    assert isinstance(batch, TokenBatch)
+    assert [tuple(part.shape) for part in batch.structure] == [(7, 1), (7, 4)]
+    assert torch.equal(torch.cat(batch.structure, 1), structure)
+    assert torch.equal(torch.cat(batch.alias, 1), alias)
+    assert torch.equal(batch.labels, labels)
+    assert batch.labels.dtype == batch.structure[0].dtype == torch.int64
+    assert isinstance(data.arrays[0]["structure"], np.memmap)
+    assert len(pickle.dumps(data)) < 2000, "a worker is sent no arrays"
+    with pytest.raises(IndexError):
+        data[7]
+
+
+def test_cache_without_alias_tokens(tmp_path: Path) -> None:
+    write_cache(tmp_path, meta=TokenMeta((1, 2), ["cat", "dog"], structure_vocab=16))
+    data = TokenDataset(tmp_path)
+    assert data.collate([data[0], data[1]]).alias == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_token_data_module(tmp_path: Path, num_workers: int) -> None:
+    structure, _, _ = write_cache(tmp_path / "train")
+    write_cache(tmp_path / "val", rows=(5,))
+    data = TokenDataModule(str(tmp_path / "train"), str(tmp_path / "val"), batch_size=2, num_workers=num_workers)
+    assert data.num_classes == 2
+    assert data.class_names == ["cat", "dog"]
+    batches = list(data.train_dataloader())
+    assert [len(batch.labels) for batch in batches] == [2, 2, 2]
+    rows = {tuple(row) for batch in batches for row in torch.cat(batch.structure, 1).tolist()}
+    assert len(rows) == 6
+    assert rows <= {tuple(row) for row in structure.tolist()}
+    assert sum(len(batch.labels) for batch in data.val_dataloader()) == 5
+    assert len(list(data.predict_dataloader())) == 8
+    assert TokenDataModule(str(tmp_path / "train")).val_dataloader() == []
+
+
+def test_caches_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'.*nowhere' is not a folder"):
+        TokenDataModule(str(tmp_path / "nowhere"))
+    write_tokens(tmp_path / "half", 0, torch.zeros(2, 5, dtype=torch.long), None, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"no index.json"):
+        TokenDataModule(str(tmp_path / "half"))
+    with pytest.raises(ValueError, match=r"alias-000000.npy is missing"):
+        write_index(tmp_path / "half", META)
+    with pytest.raises(ValueError, match="holds no shards"):
+        write_index(tmp_path, META)
+    with pytest.raises(ValueError, match=r"must measure \(2, 14\) for patch_nums \(1, 2, 3\)"):
+        write_index(tmp_path / "half", TokenMeta((1, 2, 3), ["a"], 16))
+
+    for name, spoil in {
+        "lost": lambda folder: (folder / "labels-000001.npy").unlink(),
+        "cut": lambda folder: (folder / "structure-000001.npy").write_bytes(b"\x93NUMPY"),
+        "index": lambda folder: (folder / "index.json").write_text("{"),
+        "other": lambda folder: (folder / "index.json").write_text(json.dumps({"format": 9, "shards": []})),
+    }.items():
+        write_cache(tmp_path / name)
+        spoil(tmp_path / name)
+        with pytest.raises(ValueError, match=r"write (it|the cache) again"):
+            TokenDataModule(str(tmp_path / name))
+
+    write_cache(tmp_path / "good")
+    write_cache(tmp_path / "else", meta=TokenMeta((1, 2), ["cat", "dog"], 8, 8))
+    with pytest.raises(ValueError, match=r"val_path .* does not match path"):
+        TokenDataModule(str(tmp_path / "good"), str(tmp_path / "else"))
+    write_tokens(tmp_path / "good", 1, torch.zeros(9, 5), torch.zeros(9, 5), torch.zeros(9))
+    with pytest.raises(ValueError, match="4 rows in shard 1"):
+        TokenDataModule(str(tmp_path / "good"))
+
+
+def test_tokens_that_are_refused(tmp_path: Path) -> None:
+    tokens, labels = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"structure must lie in 0..65535, got 0..65536"):
+        write_tokens(tmp_path, 0, tokens.index_fill(1, torch.tensor(1), 65536), None, labels)
+    with pytest.raises(ValueError, match="alias must lie"):
+        write_tokens(tmp_path, 0, tokens, tokens - 1, labels)
+    with pytest.raises(ValueError, match="structure must measure"):
+        write_tokens(tmp_path, 0, tokens, None, torch.zeros(3))
+    with pytest.raises(ValueError, match="alias must measure"):
+        write_tokens(tmp_path, 0, tokens, tokens[:1], labels)
+    with pytest.raises(ValueError, match=r"structure_vocab must lie in 1..65536, got 70000"):
+        TokenMeta((1,), ["a"], 70000)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_failed_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    structure, _, _ = write_cache(tmp_path)
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_tokens(tmp_path, 0, structure[:3] + 1, structure[:3], torch.zeros(3))
+    assert torch.equal(TokenDataset(tmp_path)[0][0], structure[0])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_removing_a_cache_leaves_other_files(tmp_path: Path) -> None:
+    write_cache(tmp_path)
+    (tmp_path / "labels-mine.npy").touch()
+    remove_tokens(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels-mine.npy"]
