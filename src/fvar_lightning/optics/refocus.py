@@ -41,14 +41,21 @@ def decimate(images: Tensor, size: int) -> Tensor:
         raise ValueError(f"size must lie in 1..H of square images (B, C, H, H), got {size} for {tuple(images.shape)}")
     if size == side:
         return images
+    if side % size == 0:  # strided slices, three times faster than indices
+        step = side // size
+        first = (step - 1) // 2
+        if step % 2:
+            return images[..., first::step, first::step].contiguous()
+        rows = torch.lerp(images[..., first::step, :], images[..., first + 1 :: step, :], 0.5)
+        return torch.lerp(rows[..., first::step], rows[..., first + 1 :: step], 0.5)
     # The centres (j + 1/2) side / size - 1/2 in units of 1 / (2 size)
     centres = (2 * torch.arange(size, device=images.device) + 1) * side - size
     lower = centres // (2 * size)
     upper = (lower + 1).clamp(max=side - 1)
     weight = (centres % (2 * size)).to(images.dtype) / (2 * size)
-    rows = torch.lerp(images.index_select(-2, lower), images.index_select(-2, upper), weight[:, None])
+    rows = images.index_select(-2, lower).lerp_(images.index_select(-2, upper), weight[:, None])
     along = (*rows.shape[:-1], size)
-    return torch.lerp(rows.gather(-1, lower.expand(along)), rows.gather(-1, upper.expand(along)), weight)
+    return rows.gather(-1, lower.expand(along)).lerp_(rows.gather(-1, upper.expand(along)), weight)
 
 
 class Refocus(nn.Module):
@@ -83,8 +90,9 @@ class Refocus(nn.Module):
                 f"psf {psf!r} reaches {self._margin} px at radius {max(schedule.state_radii)}; "
                 f"images of {schedule.image_size} px can be reflected for {schedule.image_size - 1} px at most"
             )
-        self._side = _fast_length(schedule.image_size + 2 * self._margin)
-        self._transfer = [None if kernel.numel() == 1 else _spectrum(kernel, self._side) for kernel in kernels]
+        side = _fast_length(schedule.image_size + 2 * self._margin)
+        self._shape = (side, side)
+        self._transfer = [None if kernel.numel() == 1 else _spectrum(kernel, side) for kernel in kernels]
         # Not buffers: half-precision modules would round them, and they must follow the images, not the module
         self._transfer_on: dict[tuple[torch.device, torch.dtype], list[Tensor | None]] = {}
 
@@ -112,7 +120,7 @@ class Refocus(nn.Module):
         Raises:
             ValueError: if the images have another size than the schedule's.
         """
-        size, margin, side = self.schedule.image_size, self._margin, (self._side, self._side)
+        size, margin = self.schedule.image_size, self._margin
         if images.ndim != 4 or images.shape[-2:] != (size, size):
             raise ValueError(
                 f"images must measure (B, C, {size}, {size}), the schedule's image_size, got {tuple(images.shape)}"
@@ -120,14 +128,15 @@ class Refocus(nn.Module):
         if margin == 0:
             return [images] * self.schedule.focus_states
         exact = images if images.dtype == torch.float64 else images.float()
-        spectrum = torch.fft.rfft2(F.pad(exact, (margin,) * 4, mode="reflect"), s=side)
-        inside = slice(margin, margin + size)
-        return [
-            images
-            if transfer is None
-            else torch.fft.irfft2(spectrum * transfer, s=side)[..., inside, inside].to(images.dtype).contiguous()
-            for transfer in self._transfers(spectrum)
-        ]
+        spectrum = torch.fft.fft2(F.pad(_pair_channels(exact), (margin,) * 4, mode="reflect"), s=self._shape)
+        states = []
+        for transfer in self._transfers(spectrum):
+            if transfer is None:
+                states.append(images)
+            else:
+                blurred = torch.fft.ifft2(spectrum * transfer)[..., margin : margin + size, margin : margin + size]
+                states.append(_part_channels(blurred, images.shape[1]).to(images.dtype))
+        return states
 
     def _transfers(self, spectrum: Tensor) -> list[Tensor | None]:
         """The states' transfer functions in the dtype and on the device of a spectrum; None for the sharp ones."""
@@ -138,10 +147,26 @@ class Refocus(nn.Module):
         return self._transfer_on[key]
 
 
+def _pair_channels(images: Tensor) -> Tensor:
+    """(B, C, H, H) real -> (B, ceil(C / 2), H, H) complex: the second half of the channels as imaginary parts.
+
+    A real kernel keeps the two apart, and in PyTorch two real transforms of a plane are several times slower than one
+    complex one. Pairs lie within an image: no image can change another's rounding.
+    """
+    real, imaginary = images.tensor_split([(images.shape[1] + 1) // 2], dim=1)
+    missing = real.shape[1] - imaginary.shape[1]
+    return torch.complex(real, F.pad(imaginary, (0, 0, 0, 0, 0, missing)))
+
+
+def _part_channels(pairs: Tensor, channels: int) -> Tensor:
+    """Inverse of `_pair_channels`."""
+    return torch.cat((pairs.real, pairs.imag[:, : channels - pairs.shape[1]]), dim=1)
+
+
 def _spectrum(kernel: Tensor, side: int) -> Tensor:
     """Fourier transform of a kernel centred on pixel (0, 0) of a periodic square."""
     half, room = kernel.shape[-1] // 2, side - kernel.shape[-1]
-    return torch.fft.rfft2(F.pad(kernel, (0, room, 0, room)).roll((-half, -half), (-2, -1)))
+    return torch.fft.fft2(F.pad(kernel, (0, room, 0, room)).roll((-half, -half), (-2, -1)))
 
 
 def _fast_length(length: int) -> int:
