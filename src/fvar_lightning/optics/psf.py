@@ -44,8 +44,11 @@ def disk_psf(radius: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
     x, y = size[None, :], size[:, None]
     meets = (radius**2 - y**2).clamp(min=0).sqrt()  # where the circle comes down to height y
     area = y * torch.minimum(x, meets) + _segment(torch.maximum(x, meets), radius) - _segment(meets, radius)
-    area = area * edges.sign()[None, :] * edges.sign()[:, None]
-    return _normalise(area.diff(dim=0).diff(dim=1), dtype)
+    area = (area * edges.sign()[None, :] * edges.sign()[:, None]).diff(dim=0).diff(dim=1)
+    nearest = torch.minimum(size[:-1], size[1:])
+    nearest[len(nearest) // 2] = 0
+    touched = nearest[None, :] ** 2 + nearest[:, None] ** 2 < radius**2
+    return _normalise(torch.where(touched, area, 0.0), dtype)  # exactly zero where the differences leave rounding
 
 
 def gaussian_psf(radius: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,7 +106,7 @@ def polygon_psf(radius: float, blades: int = 6, rotation: float = 0.0, *, dtype:
     start = (x + (enter - y) * slope)[:, :, None] - edges[:-1]
     stop = (x + (leave - y) * slope)[:, :, None] - edges[:-1]
     area = ((leave - enter)[:, :, None] * _mean_clamped(start, stop)).sum(0)
-    return _normalise(area, dtype)
+    return _normalise(area.clamp(min=0), dtype)
 
 
 def lanczos_psf(radius: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
