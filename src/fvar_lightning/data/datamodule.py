@@ -126,7 +126,7 @@ class ImageDataModule(SharedLoaders):
                 PhotographDataset(size, count[0], flip=self.transform.flip, seed=self.seed),
                 PhotographDataset(size, count[1], seed=self.seed, validation=True),
             )
-        if not Path(self.source).is_dir():
+        if not Path(self.source).expanduser().is_dir():
             hint = "; root must tell where it lies" if self.source in torchvision.datasets.__all__ else ""
             raise ValueError(
                 "source must be 'photographs', an existing folder, or with root a torchvision data set, "

@@ -140,7 +140,7 @@ def scan_folder(source: str | Path, val_fraction: float = 0.1) -> tuple[list[str
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
-    source = Path(source)
+    source = Path(source).expanduser()
     if not source.is_dir():
         raise ValueError(f"source {str(source)!r} is not a folder")
     train_root, val_root = source / "train", source / "val"
@@ -248,7 +248,7 @@ def load_torchvision(
             return kind(**options, **part)
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"root {str(root)!r} does not hold the data set {name}: {error} Get it once with: "
+                f"root {str(root)!r} does not hold the data set {name} ({error}). Get it once with: "
                 f'python -c "from torchvision.datasets import {name}; {name}({str(root)!r}, download=True)"'
             ) from error
         except TypeError as error:
