@@ -1,6 +1,7 @@
 """The command line: `fvar fit | validate | test | predict` (LightningCLI), and `fvar quickstart`."""
 
 import sys
+import warnings
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -25,6 +26,12 @@ class FVARCommandLine(LightningCLI):
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
+    def load_weights_only(self) -> None:
+        """Have checkpoints read as tensors and plain values, never as code."""
+        self.config_init[self.subcommand]["weights_only"] = True
+
+    before_fit = before_validate = before_test = before_predict = load_weights_only
+
     def instantiate_classes(self) -> None:
         """Report what a constructor refused as a command-line error, not as a traceback."""
         try:
@@ -36,8 +43,15 @@ class FVARCommandLine(LightningCLI):
             self.parser.error(str(root))
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run `fvar` with the given arguments, those of the process by default.
+UPSTREAM_NOISE = (
+    "LightningCLI's args parameter",  # the quickstart runs the command line from within
+    "Found .* module.* in eval mode",  # the frozen tokenizers are meant to be
+    ".*isinstance.treespec, LeafSpec",  # Lightning's own use of torch
+)
+
+
+def main(args: list[str] | None = None) -> FVARCommandLine | None:
+    """Run `fvar` with the given arguments, those of the process by default; return what a LightningCLI leaves behind.
 
     Raises:
         SystemExit: with status 2 if an argument is refused; the message names it.
@@ -47,8 +61,10 @@ def main(args: list[str] | None = None) -> None:
         from fvar_lightning.quickstart import quickstart
 
         auto_cli(quickstart, args=args[1:], prog="fvar quickstart")
-        return
-    FVARCommandLine(
+        return None
+    for message in UPSTREAM_NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    return FVARCommandLine(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

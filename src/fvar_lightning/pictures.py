@@ -32,6 +32,8 @@ def tile(rows: Sequence[Sequence[Tensor]], names: Sequence[str], heads: Sequence
     sheet = Image.new("RGB", (width, top + len(rows) * (side + gap)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for x, head in enumerate(heads):
+        while font.getlength(head) > side and len(head) > 1:
+            head = head.rstrip("…")[:-1] + "…"
         draw.text((left + x * (side + gap) + side / 2, 4), head, INK, font, anchor="mt")
     for y, (row, name) in enumerate(zip(rows, names, strict=True)):
         draw.text((6, top + y * (side + gap) + side / 2), name, INK, font, anchor="lm")
@@ -74,7 +76,8 @@ def plot_losses(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Pat
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, label=name, linewidth=1.2)
         axis.set(title=title, xlabel="step")
-        axis.legend(fontsize=8)
+        if curves:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -76,7 +76,8 @@ class TokenizerTask(LightningModule):
             raise ValueError(f"scale_dropout must lie in [0, 1), got {scale_dropout}")
         if len(noise) != 2 or min(noise) < 0:
             raise ValueError(f"noise must be two standard deviations from 0, got {noise}")
-        self.save_hyperparameters(ignore=["optimizer"])
+        # the command line offers every task the classes, and would keep them here
+        self.save_hyperparameters(ignore=["optimizer", "num_classes", "class_names"])
         self.hparams["schedule"] = asdict(self.schedule)
         self.optimizer_factory = optimizer
         self.description: dict[str, Any] = {

@@ -92,8 +92,8 @@ class MultiScaleQuantizer(nn.Module):
             references: what f_hat is drawn to after every scale, at size pn_s or h; `features` where left out.
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            features = [z.float() for z in features]
-            references = features if references is None else [z.float() for z in references]
+            features = [_exact(z) for z in features]
+            references = features if references is None else [_exact(z) for z in references]
             if self.codebook.warming_up:
                 self.codebook.step()
                 return Quantized([self.up(z) for z in references], [], references[-1].new_zeros(()))
@@ -127,10 +127,11 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Token maps of the features z_s: S tensors (B, pn_s^2) int64."""
-        f_hat = torch.zeros_like(features[-1], dtype=torch.float32)
+        features = [_exact(z) for z in features]
+        f_hat = torch.zeros_like(features[-1])
         maps = []
         for s, z in enumerate(features):
-            residual = rearrange(z.float() - self.down(f_hat, s), "b c h w -> (b h w) c")
+            residual = rearrange(z - self.down(f_hat, s), "b c h w -> (b h w) c")
             indices = self.codebook.nearest(residual).view(len(z), -1)
             f_hat = self.add(f_hat, self.code_map(indices), s)
             maps.append(indices)
@@ -165,3 +166,8 @@ class MultiScaleQuantizer(nn.Module):
         """Teacher-forcing input of VAR: S token maps -> (B, L - pn_1^2, C), float32."""
         stages = self.stages(indices[:-1])
         return torch.cat([self.next_input(f_hat, s) for s, f_hat in enumerate(stages)], dim=1)
+
+
+def _exact(z: Tensor) -> Tensor:
+    """At least float32: half-precision features would choose other codes."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))

@@ -1,0 +1,146 @@
+"""`fvar quickstart`: all stages one after the other, small, and a report with pictures."""
+
+import json
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import yaml
+from torch import Tensor
+
+from fvar_lightning.cli import FVARCommandLine, configs, main
+from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.data.datamodule import ImageDataModule
+from fvar_lightning.pictures import plot_losses, pyramid, read_metrics, tile
+from fvar_lightning.sampling import generate_stages
+from fvar_lightning.tasks.fvar import FVARTask
+
+STAGES = ("structure", "alias", "fvar")
+MAX_CLASSES = 8
+SAMPLES = 6
+
+
+def quickstart(source: str = "photographs", output: str = "quickstart", effort: float = 1.0) -> None:
+    """Train both tokenizers and the teacher-student stage, then write pictures and a report.
+
+    Called again with the same output folder it continues where it was stopped.
+
+    Args:
+        source: 'photographs' (bundled with scikit-image), or a folder of images or of class folders.
+        output: folder for checkpoints, logs, pictures and the report.
+        effort: factor on the number of training steps.
+    """
+    if not effort > 0:
+        raise ValueError(f"effort must be positive, got {effort}")
+    folder = Path(output)
+    for number, stage in enumerate(STAGES, 1):
+        print(f"\n[{number}/{len(STAGES)}] training: {stage}", flush=True)
+        cli = train(stage, source, folder, effort)
+    print("\nwriting the report", flush=True)
+    write_report(folder, cli.model, cli.datamodule)
+    print(f"done, see {folder / 'report.md'} and")
+    for picture in sorted(folder.glob("*.png")):
+        print(f"  {picture}")
+
+
+def train(stage: str, source: str, folder: Path, effort: float) -> FVARCommandLine:
+    """One `fvar fit` of a stage, resumed from its last checkpoint where there is one."""
+    config = configs() / "quickstart" / f"{stage}.yaml"
+    content = yaml.safe_load(config.read_text())
+    steps = max(round(effort * content["trainer"]["max_steps"]), 2)
+    own = folder / stage
+    args = [
+        "fit",
+        f"--config={config}",
+        f"--data.source={source}",
+        f"--trainer.max_steps={steps}",
+        f"--trainer.default_root_dir={own}",
+        "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+        f"--trainer.logger.save_dir={own}",
+        "--trainer.logger.name=logs",
+        f"--trainer.callbacks.dirpath={own}",
+    ]
+    if stage == "fvar":
+        args += [f"--model.{name}_tokenizer={folder / name / 'last.ckpt'}" for name in ("structure", "alias")]
+    else:
+        args += [f"--model.warmup_steps={min(content['model']['init_args']['warmup_steps'], steps // 2)}"]
+    last = own / "last.ckpt"
+    if last.is_file():
+        args += [f"--ckpt_path={last}"]
+    start = perf_counter()
+    cli = main(args)
+    assert cli is not None
+    cli.trainer.save_checkpoint(last, weights_only=False)
+    _add_seconds(folder / "seconds.json", stage, perf_counter() - start)
+    return cli
+
+
+def _add_seconds(path: Path, stage: str, seconds: float) -> None:
+    spent = json.loads(path.read_text()) if path.is_file() else {}
+    spent[stage] = spent.get(stage, 0) + seconds
+    path.write_text(json.dumps(spent))
+
+
+@torch.no_grad()
+def write_report(folder: Path, task: FVARTask, data: ImageDataModule) -> None:
+    """Pictures and figures of a finished run.
+
+    Args:
+        folder: of the run; the report is written into it.
+        task: of the last stage.
+        data: that it was trained on.
+    """
+    task.eval()
+    batch = one_of_each_class(data)
+    vae, schedule = task.vae, task.vae.schedule
+    pyramid(batch.views, schedule.radii).save(folder / "pyramid.png")
+
+    tokens = task.tokens(batch)
+    stages = vae.decode_stages(tokens.structure)
+    names = [data.class_names[label] for label in batch.labels]
+    rows = [list(batch.images), list(stages[-1])]
+    tile(rows, ["photograph", "reconstruction"], names, side=112).save(folder / "reconstructions.png")
+
+    labels = batch.labels.repeat_interleave(SAMPLES)
+    options = {name: task.hparams[name] for name in ("guidance", "top_k", "top_p")}
+    made = generate_stages(task.student, vae, labels, seeds=range(len(labels)), **options)
+    rows = [
+        [*made[-1][i * SAMPLES : (i + 1) * SAMPLES], *(stage[i * SAMPLES] for stage in made)]
+        for i in range(len(batch.labels))
+    ]
+    heads = [f"sample {i + 1}" for i in range(SAMPLES)] + [f"1: {n}x{n}" for n in schedule.patch_nums]
+    tile(rows, names, heads, side=80).save(folder / "samples.png")
+
+    curves = {stage: read_metrics(folder / stage) for stage in STAGES}
+    losses = {
+        stage: {name: points for name, points in found.items() if name.startswith("train/")}
+        for stage, found in curves.items()
+    }
+    plot_losses(losses, folder / "losses.png")
+    (folder / "report.md").write_text(report_text(folder, curves))
+
+
+def one_of_each_class(data: ImageDataModule) -> ImageBatch:
+    """The first validation image of up to `MAX_CLASSES` classes, with its views."""
+    images: dict[int, Tensor] = {}
+    for pixels, labels in data.val_dataloader():
+        for image, label in zip(pixels, labels.tolist(), strict=True):
+            images.setdefault(label, image)
+        if len(images) == data.num_classes:
+            break
+    chosen = sorted(images)[:MAX_CLASSES]
+    return data.on_after_batch_transfer([torch.stack([images[c] for c in chosen]), torch.tensor(chosen)], 0)
+
+
+def report_text(folder: Path, curves: dict[str, dict[str, list[tuple[int, float]]]]) -> str:
+    """The report in Markdown: first and last value of every figure."""
+    seconds = json.loads((folder / "seconds.json").read_text())
+    lines = ["# Quickstart report", ""]
+    for picture in ("pyramid", "reconstructions", "samples", "losses"):
+        lines += [f"![{picture}]({picture}.png)", ""]
+    for stage, found in curves.items():
+        lines += [f"## {stage} ({seconds[stage]:.0f} s)", "", "| figure | first | last | at step |", "|---|---|---|---|"]
+        for name, points in sorted(found.items()):
+            lines.append(f"| {name} | {points[0][1]:.4g} | {points[-1][1]:.4g} | {points[-1][0]} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""Autoencoder, codebook, quantiser, VQVAE and alias tokenizer."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tokenizer.alias import AliasTokenizer
+from fvar_lightning.tokenizer.codebook import Codebook
+from fvar_lightning.tokenizer.metrics import CodebookUsage, SignalToNoise, perplexity
+from fvar_lightning.tokenizer.quantizer import MultiScaleQuantizer
+from fvar_lightning.tokenizer.vqvae import VQVAE
+
+SCHEDULE = FocusSchedule((1, 2, 4), patch_size=4, focus_states=2)
+SMALL = {"vocab_size": 16, "z_channels": 8, "ch": 16, "ch_mult": (1, 1, 2), "num_res_blocks": 1}
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def images(n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, 3, 16, 16, generator=generator) * 2 - 1
+
+
+def inputs(targets: str, x: Tensor) -> Tensor | list[Tensor]:
+    if targets == "feature":
+        return x
+    if targets == "full":
+        return [F.avg_pool2d(x, 3, 1, 1), x]
+    return [F.interpolate(x, size=n) for n in SCHEDULE.view_sizes]
+
+
+@pytest.mark.parametrize("targets", ["view", "full", "feature"])
+def test_encode_decode_shapes_and_training_agrees_with_encoding(targets: str, generator: torch.Generator) -> None:
+    vae = VQVAE(SCHEDULE, targets=targets, **SMALL).eval()
+    x = inputs(targets, images(3, generator))
+    indices = vae.encode(x)
+    assert [i.shape for i in indices] == [(3, 1), (3, 4), (3, 16)]
+    quantized = vae(x)
+    for a, b in zip(indices, quantized.indices, strict=True):
+        assert torch.equal(a, b)
+    stages = vae.quantizer.stages(indices)
+    for a, b in zip(stages, quantized.stages, strict=True):
+        torch.testing.assert_close(a, b)
+    image = vae.decode(indices)
+    assert image.shape == (3, 3, 16, 16)
+    assert image.abs().max() <= 1
+    torch.testing.assert_close(vae.decode_stages(indices)[-1], image)
+    assert vae.var_inputs(indices).shape == (3, 4 + 16, 8)
+
+
+def test_wrong_inputs_are_named(generator: torch.Generator) -> None:
+    x = images(2, generator)
+    with pytest.raises(ValueError, match="'view' takes a list of 3 tensors, got one tensor"):
+        VQVAE(SCHEDULE, **SMALL).encode(x)
+    with pytest.raises(ValueError, match="'full' takes a list of 2 tensors, got 1"):
+        VQVAE(SCHEDULE, targets="full", **SMALL).encode([x])
+    with pytest.raises(ValueError, match="targets must be one of"):
+        VQVAE(SCHEDULE, targets="focus", **SMALL)
+    with pytest.raises(ValueError, match=r"ch_mult .* down-samples by 2, but patch_size is 4"):
+        VQVAE(SCHEDULE, **(SMALL | {"ch_mult": (1, 1)}))
+
+
+def test_quantiser_against_plain_recursion_in_float64(generator: torch.Generator) -> None:
+    """Eq. of VAR section 3.2 written out with explicit distances, one scale at a time."""
+    quantizer = MultiScaleQuantizer((1, 2, 4), Codebook(16, 8)).double().eval()
+    features = [torch.randn(2, 8, n, n, generator=generator, dtype=torch.float64) for n in (1, 2, 4)]
+    codes = quantizer.codebook.embedding.weight
+    f_hat = torch.zeros(2, 8, 4, 4, dtype=torch.float64)
+    found = quantizer.encode(features)
+    for s, z in enumerate(features):
+        n = z.shape[-1]
+        residual = z - F.adaptive_avg_pool2d(f_hat, n)
+        distance = torch.cdist(residual.permute(0, 2, 3, 1).reshape(-1, 8), codes)
+        expected = distance.argmin(1).view(2, -1)
+        assert torch.equal(found[s], expected)
+        code = codes[expected].view(2, n, n, 8).permute(0, 3, 1, 2)
+        code = F.interpolate(code, size=(4, 4), mode="bicubic")
+        phi = quantizer.phi_of(s)
+        f_hat = f_hat + 0.5 * code + 0.5 * F.conv2d(code, phi.weight, phi.bias, padding=1)
+    torch.testing.assert_close(quantizer.stages(found)[-1], f_hat, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("scales", "count"), [(10, 4), (10, 1), (10, 10), (6, 4), (1, 4)])
+def test_phi_is_shared_as_in_var(scales: int, count: int) -> None:
+    quantizer = MultiScaleQuantizer(range(1, scales + 1), Codebook(4, 2), num_phi=count)
+    margin = 1 / 3 / count if count == 4 else 1 / 2 / count
+    ticks = np.linspace(margin, 1 - margin, count)
+    for s in range(scales):
+        expected = int(np.argmin(np.abs(ticks - s / max(scales - 1, 1))))
+        assert quantizer.phi_of(s) is quantizer.phi[expected]
+
+
+def test_gradient_passes_straight_through(generator: torch.Generator) -> None:
+    quantizer = MultiScaleQuantizer((1, 2, 4), Codebook(16, 8)).eval()
+    features = [torch.randn(2, 8, n, n, generator=generator, requires_grad=True) for n in (1, 2, 4)]
+    weight = torch.randn(2, 8, 4, 4, generator=generator)
+    (quantizer(features).stages[-1] * weight).sum().backward()
+    torch.testing.assert_close(features[-1].grad, weight)
+    assert features[0].grad is None or not features[0].grad.any()
+
+
+def test_codebook_follows_clusters(generator: torch.Generator) -> None:
+    """Vectors around four far-apart centres: the codes must find the centres' means."""
+    centres = torch.tensor([[9.0, 0], [0, 9], [-9, 0], [0, -9]])
+    vectors = centres.repeat(64, 1) + 0.1 * torch.randn(256, 2, generator=generator)
+    codebook = Codebook(4, 2, decay=0.5)
+    codebook.initialise([vectors])
+    for _ in range(20):
+        codebook.update([vectors], [codebook.nearest(vectors)])
+    means = torch.stack([vectors[i::4].mean(0) for i in range(4)])
+    order = torch.cdist(means, codebook.embedding.weight).argmin(1)
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    torch.testing.assert_close(codebook.embedding.weight[order], means, atol=1e-4, rtol=0)
+
+
+def test_idle_codes_are_revived(generator: torch.Generator) -> None:
+    vectors = torch.randn(64, 2, generator=generator)
+    codebook = Codebook(8, 2, revive_after=3)
+    with torch.no_grad():
+        codebook.embedding.weight[:4] = vectors[:4]
+        codebook.embedding.weight[4:] = 100.0
+        codebook.sums.copy_(codebook.embedding.weight)
+    for step in range(3):
+        assert (codebook.embedding.weight[4:] > 50).all(), step
+        codebook.update([vectors], [codebook.nearest(vectors)])
+    assert (codebook.embedding.weight.abs() < 10).all()
+    assert not codebook.idle[4:].any()
+
+
+def test_codebook_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size 64 is more than the 12 vectors"):
+        Codebook(64, 2).initialise([torch.zeros(4, 2), torch.zeros(8, 2)])
+
+
+def test_warm_up_is_unquantised_then_initialises(generator: torch.Generator) -> None:
+    vae = VQVAE(SCHEDULE, **SMALL, warmup_steps=2)
+    x = inputs("view", images(8, generator))
+    for _ in range(2):
+        quantized = vae(x)
+        assert quantized.indices == []
+        torch.testing.assert_close(quantized.stages[-1], vae.features(x)[-1])
+    before = vae.quantizer.codebook.embedding.weight.clone()
+    assert len(vae(x).indices) == 3
+    assert not torch.equal(before, vae.quantizer.codebook.embedding.weight)
+
+
+def test_alias_tokenizer_round_trip(generator: torch.Generator) -> None:
+    tokenizer = AliasTokenizer(SCHEDULE, **SMALL)
+    residuals = [a * scale for a, scale in zip(inputs("view", images(4, generator)), (0.1, 0.01, 0.0), strict=True)]
+    passed = tokenizer(residuals[:2])
+    for target in passed.targets:
+        assert target.std() == pytest.approx(1, abs=0.05)
+    tokenizer.eval()
+    indices = tokenizer.encode(residuals)
+    assert [i.shape for i in indices] == [(4, 1), (4, 4), (4, 16)]
+    decoded = tokenizer.decode(indices)
+    assert [d.shape for d in decoded] == [a.shape for a in residuals]
+    for s, (target, reconstruction) in enumerate(zip(passed.targets, tokenizer(residuals[:2]).reconstructions, strict=True)):
+        torch.testing.assert_close(reconstruction * tokenizer.std(s), decoded[s])
+        torch.testing.assert_close(target * tokenizer.std(s), residuals[s])
+
+
+def test_usage_and_signal_to_noise_against_numpy(generator: torch.Generator) -> None:
+    assert perplexity(torch.tensor([5, 5, 5, 5])) == pytest.approx(4)
+    assert perplexity(torch.tensor([7, 0, 0, 0])) == pytest.approx(1)
+    usage = CodebookUsage(2, 8)
+    maps = [torch.randint(3, (4, 1), generator=generator), torch.randint(8, (4, 4), generator=generator)]
+    usage.update(maps)
+    counts = np.stack([np.bincount(m.flatten().numpy(), minlength=8) for m in maps])
+    counts = np.concatenate([counts, counts.sum(0, keepdims=True)])
+    p = counts / counts.sum(1, keepdims=True)
+    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+    expected = np.exp(-(p * logs).sum(1)) / np.minimum(8, counts.sum(1))
+    np.testing.assert_allclose(usage.compute().numpy(), expected)
+    snr = SignalToNoise(1)
+    target = torch.randn(50, generator=generator)
+    snr.update([target * 0.9], [target])
+    assert snr.compute().item() == pytest.approx(20, abs=1e-4)
