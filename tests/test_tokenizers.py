@@ -85,7 +85,7 @@ def test_quantiser_against_plain_recursion_in_float64(generator: torch.Generator
     torch.testing.assert_close(quantizer.stages(found)[-1], f_hat, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("scales", "count"), [(10, 4), (10, 1), (10, 10), (6, 4), (1, 4)])
+@pytest.mark.parametrize(("scales", "count"), [(10, 4), (10, 1), (10, 10), (6, 4), (4, 4), (1, 1)])
 def test_phi_is_shared_as_in_var(scales: int, count: int) -> None:
     quantizer = MultiScaleQuantizer(range(1, scales + 1), Codebook(4, 2), num_phi=count)
     margin = 1 / 3 / count if count == 4 else 1 / 2 / count
@@ -93,6 +93,8 @@ def test_phi_is_shared_as_in_var(scales: int, count: int) -> None:
     for s in range(scales):
         expected = int(np.argmin(np.abs(ticks - s / max(scales - 1, 1))))
         assert quantizer.phi_of(s) is quantizer.phi[expected]
+    # DistributedDataParallel refuses parameters that no scale uses
+    assert {id(quantizer.phi_of(s)) for s in range(scales)} == {id(phi) for phi in quantizer.phi}
 
 
 def test_gradient_passes_straight_through(generator: torch.Generator) -> None:
@@ -160,7 +162,9 @@ def test_alias_tokenizer_round_trip(generator: torch.Generator) -> None:
     assert [i.shape for i in indices] == [(4, 1), (4, 4), (4, 16)]
     decoded = tokenizer.decode(indices)
     assert [d.shape for d in decoded] == [a.shape for a in residuals]
-    for s, (target, reconstruction) in enumerate(zip(passed.targets, tokenizer(residuals[:2]).reconstructions, strict=True)):
+    for s, (target, reconstruction) in enumerate(
+        zip(passed.targets, tokenizer(residuals[:2]).reconstructions, strict=True)
+    ):
         torch.testing.assert_close(reconstruction * tokenizer.std(s), decoded[s])
         torch.testing.assert_close(target * tokenizer.std(s), residuals[s])
 

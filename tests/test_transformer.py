@@ -227,5 +227,5 @@ def test_generate_refuses(message: str, options: dict[str, object], vae: VQVAE) 
 
 def test_generate_refuses_a_foreign_tokenizer(vae: VQVAE) -> None:
     other = VAR(LAYOUT.patch_nums, vocab_size=13, z_channels=4, num_classes=5, depth=1, width=32, heads=2)
-    with pytest.raises(ValueError, match="vocab_size .* 13 and 12"):
+    with pytest.raises(ValueError, match=r"vocab_size .* 13 and 12"):
         generate(other, vae, torch.tensor([0]))

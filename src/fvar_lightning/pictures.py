@@ -22,7 +22,9 @@ def to_image(image: Tensor, side: int) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def tile(rows: Sequence[Sequence[Tensor]], names: Sequence[str], heads: Sequence[str] = (), side: int = 96) -> Image.Image:
+def tile(
+    rows: Sequence[Sequence[Tensor]], names: Sequence[str], heads: Sequence[str] = (), side: int = 96
+) -> Image.Image:
     """Rows of images, each (3, h, w) in [-1, 1], with the rows' names at the left and heads above the columns."""
     font = ImageFont.load_default(13)
     left = 12 + max((int(font.getlength(name)) for name in names), default=0)

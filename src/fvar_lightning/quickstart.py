@@ -102,8 +102,7 @@ def write_report(folder: Path, task: FVARTask, data: ImageDataModule) -> None:
     tile(rows, ["photograph", "reconstruction"], names, side=112).save(folder / "reconstructions.png")
 
     labels = batch.labels.repeat_interleave(SAMPLES)
-    options = {name: task.hparams[name] for name in ("guidance", "top_k", "top_p")}
-    made = generate_stages(task.student, vae, labels, seeds=range(len(labels)), **options)
+    made = generate_stages(task.student, vae, labels, seeds=range(len(labels)), **task.sampling)
     rows = [
         [*made[-1][i * SAMPLES : (i + 1) * SAMPLES], *(stage[i * SAMPLES] for stage in made)]
         for i in range(len(batch.labels))
@@ -139,7 +138,12 @@ def report_text(folder: Path, curves: dict[str, dict[str, list[tuple[int, float]
     for picture in ("pyramid", "reconstructions", "samples", "losses"):
         lines += [f"![{picture}]({picture}.png)", ""]
     for stage, found in curves.items():
-        lines += [f"## {stage} ({seconds[stage]:.0f} s)", "", "| figure | first | last | at step |", "|---|---|---|---|"]
+        lines += [
+            f"## {stage} ({seconds[stage]:.0f} s)",
+            "",
+            "| figure | first | last | at step |",
+            "|---|---|---|---|",
+        ]
         for name, points in sorted(found.items()):
             lines.append(f"| {name} | {points[0][1]:.4g} | {points[-1][1]:.4g} | {points[-1][0]} |")
         lines.append("")

@@ -6,6 +6,7 @@ Legend: S scales, K focus states, L tokens in all scales together.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -14,16 +15,17 @@ from torch import Tensor
 VAR_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 ALIAS_FREE_RATIO = 1.22
-"""A disk's first spectral zero lies at 0.61 / radius, the Nyquist limit at 0.5 / factor: alias-free from 1.22 factors."""
+"""A disk's first spectral zero lies at 0.61 / radius, the Nyquist limit at 0.5 / factor: alias-free from
+1.22 factors."""
 
 
 @dataclass(frozen=True)
 class FocusSchedule:
     """Token layout and defocus radii of a next-focus pyramid (paper section 3.2, eq. 1-2).
 
-    Scale ``s`` is a token map of side ``patch_nums[s]``; its view measures ``patch_nums[s] * patch_size`` pixels a side.
-    The last of ``focus_states`` states is sharp and belongs to the last scale alone; the blurred ones are shared evenly
-    among the scales before it.
+    Scale ``s`` is a token map of side ``patch_nums[s]``; its view measures ``patch_nums[s] * patch_size`` pixels a
+    side. The last of ``focus_states`` states is sharp and belongs to the last scale alone; the blurred ones are shared
+    evenly among the scales before it.
 
     Args:
         patch_nums: side of every token map, strictly increasing.
@@ -51,7 +53,7 @@ class FocusSchedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
-        increasing = all(a < b for a, b in zip(self.patch_nums, self.patch_nums[1:], strict=False))
+        increasing = all(a < b for a, b in pairwise(self.patch_nums))
         if not self.patch_nums or self.patch_nums[0] < 1 or not increasing:
             raise ValueError(f"patch_nums must be strictly increasing positive integers, got {self.patch_nums}")
         if self.patch_size < 1:
@@ -75,7 +77,7 @@ class FocusSchedule:
             self._check_radii(self.schedule)
 
     def _check_radii(self, radii: Sequence[float]) -> None:
-        falling = all(a > b for a, b in zip(radii, radii[1:], strict=False))
+        falling = all(a > b for a, b in pairwise(radii))
         if len(radii) != self.focus_states or not falling or radii[-1] != 0 or radii[0] >= self.image_size / 2:
             raise ValueError(
                 f"schedule must list {self.focus_states} radii (focus_states) below {self.image_size / 2} px, "
@@ -107,7 +109,7 @@ class FocusSchedule:
         """Radius of each of the K focus states, in pixels at full resolution."""
         last = self.focus_states - 1
         if self.schedule == "nyquist":
-            return tuple(ALIAS_FREE_RATIO * f for f in self.factors[:-1]) + (0.0,)
+            return (*(ALIAS_FREE_RATIO * f for f in self.factors[:-1]), 0.0)
         if not isinstance(self.schedule, str):
             return tuple(float(r) for r in self.schedule)
         if last == 0:
@@ -158,7 +160,8 @@ class FocusSchedule:
     def level_ids(self, device: torch.device | str | None = None) -> Tensor:
         """Scale of every token: LongTensor (L,)."""
         counts = torch.tensor([n * n for n in self.patch_nums], device=device)
-        return torch.repeat_interleave(torch.arange(self.num_scales, device=device), counts)
+        # with output_size: works on the meta device, and no GPU has to be asked for the sum
+        return torch.repeat_interleave(torch.arange(self.num_scales, device=device), counts, output_size=self.length)
 
     def block_causal_mask(self, device: torch.device | str | None = None) -> Tensor:
         """(L, L) bool, true where the row's token may read the column's: same scale or an earlier one."""

@@ -35,8 +35,8 @@ class FVARTask(LightningModule):
         loss = CE(student) + teacher_loss_weight * CE(teacher)
              + feature_weight * MSE(features) + logit_weight * KL(teacher || student)
 
-    Takes batches of `ImageDataModule` or `TokenDataModule`. The tokenizers are frozen and travel in the checkpoint. With
-    the three weights at 0 there is no teacher: plain VAR.
+    Takes batches of `ImageDataModule` or `TokenDataModule`. The tokenizers are frozen and travel in the checkpoint.
+    With the three weights at 0 there is no teacher: plain VAR.
 
     Args:
         structure_tokenizer: checkpoint of the structure tokenizer.
@@ -110,6 +110,10 @@ class FVARTask(LightningModule):
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
         self.save_hyperparameters(ignore=["optimizer"])
         self.optimizer_factory = optimizer
+        self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
+        self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
+        self.lr_plan = lr_warmup, lr_final
+        self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
         vae = load_tokenizer(structure_tokenizer)
         if not isinstance(vae, VQVAE):
             raise ValueError(f"structure_tokenizer {structure_tokenizer!r} holds an alias tokenizer")
@@ -184,13 +188,15 @@ class FVARTask(LightningModule):
         return TokenBatch(structure, alias, batch.labels)
 
     def _vae_input(self, batch: ImageBatch) -> Tensor | list[Tensor]:
-        return {"view": batch.views.focused, "full": batch.blurred, "feature": batch.images}[self.vae.targets]
+        if self.vae.targets == "feature":
+            return batch.images
+        return batch.views.focused if self.vae.targets == "view" else batch.blurred
 
     def losses(self, batch: TokenBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """All terms, and their weighted sum as ``loss``; labels are dropped where a generator is given."""
         labels = batch.labels
-        if generator is not None and self.hparams.label_dropout > 0:
-            dropped = torch.rand(len(labels), device=labels.device, generator=generator) < self.hparams.label_dropout
+        if generator is not None and self.label_dropout > 0:
+            dropped = torch.rand(len(labels), device=labels.device, generator=generator) < self.label_dropout
             labels = torch.where(dropped, self.student.num_classes, labels)
         inputs = self.vae.var_inputs(batch.structure)
         targets = torch.cat(list(batch.structure), dim=1)
@@ -205,21 +211,21 @@ class FVARTask(LightningModule):
             terms["logit"] = _divergence(taught.logits.detach(), trace.logits)
             terms["loss"] = (
                 terms["student"]
-                + self.hparams.teacher_loss_weight * terms["teacher"]
-                + self.hparams.feature_weight * terms["feature"]
-                + self.hparams.logit_weight * terms["logit"]
+                + self.teacher_loss_weight * terms["teacher"]
+                + self.feature_weight * terms["feature"]
+                + self.logit_weight * terms["logit"]
             )
         return terms
 
     def _feature_loss(self, trace: Trace, taught: TeacherOutput) -> Tensor:
         """Mean squared error of the last blocks' outputs, averaged over elements (eq. 12)."""
-        n = self.hparams.feature_blocks
+        n = self.feature_blocks
         pairs = zip(trace.hidden[-n:], taught.hidden[-n:], strict=True)
         return torch.stack([F.mse_loss(s, t.detach()) for s, t in pairs]).mean()
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
         """One step; logs every term as ``train/*``."""
-        key = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
+        key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         terms = self.losses(self.tokens(batch), batch_generator(self.device, *key))
         self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
         return terms["loss"]
@@ -234,8 +240,7 @@ class FVARTask(LightningModule):
 
     def generate(self, labels: Tensor, **options: Any) -> Tensor:
         """Images of the labels by the student, with the task's guidance, top_k and top_p; see `generate`."""
-        sampling = {name: self.hparams[name] for name in ("guidance", "top_k", "top_p")}
-        return generate(self.student, self.vae, labels, **(sampling | options))
+        return generate(self.student, self.vae, labels, **(self.sampling | options))
 
     def predict_step(self, batch: SampleBatch | ImageBatch, batch_idx: int) -> Tensor | TokenBatch:
         """Images (B, 3, H, W) for a `SampleBatch`, tokens for an `ImageBatch` (token caches)."""
@@ -255,14 +260,14 @@ class FVARTask(LightningModule):
     @property
     def class_names(self) -> list[str]:
         """Name of every label; its number where there is none."""
-        return self.hparams.class_names or [str(label) for label in range(self.student.num_classes)]
+        return self.hparams["class_names"] or [str(label) for label in range(self.student.num_classes)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with a learning rate that warms up and then falls linearly."""
         modules = [m for m in (self.student, self.teacher) if m is not None]
         optimizer = self.optimizer_factory(parameter_groups(modules))
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = warmup_linear(optimizer, steps, self.hparams.lr_warmup, self.hparams.lr_final)
+        scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -80,6 +81,9 @@ class TokenizerTask(LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "num_classes", "class_names"])
         self.hparams["schedule"] = asdict(self.schedule)
         self.optimizer_factory = optimizer
+        self.pixel_weights, self.vq_weight = (l1_weight, l2_weight), vq_weight
+        self.scale_dropout, self.noise, self.seed = scale_dropout, tuple(noise), seed
+        self.lr_plan = lr_warmup, lr_final
         self.description: dict[str, Any] = {
             "kind": kind,
             "schedule": asdict(self.schedule),
@@ -115,9 +119,9 @@ class TokenizerTask(LightningModule):
         """What the structure tokenizer encodes; with noise where there is a generator."""
         assert isinstance(self.tokenizer, VQVAE)
         if self.tokenizer.targets == "feature":
-            return _noisy([batch.images], self.hparams.noise[1:], generator)[0]
+            return _noisy([batch.images], self.noise[1:], generator)[0]
         views = batch.views.focused if self.tokenizer.targets == "view" else batch.blurred
-        return _noisy(views, torch.linspace(*self.hparams.noise, len(views)).tolist(), generator)
+        return _noisy(views, np.linspace(self.noise[0], self.noise[1], len(views)).tolist(), generator)
 
     def _pass(self, batch: ImageBatch, generator: torch.Generator | None) -> AliasPass:
         """Encode, quantise and decode."""
@@ -125,7 +129,7 @@ class TokenizerTask(LightningModule):
             return self.tokenizer(batch.views.alias[: self.scales])
         quantized = self.tokenizer(self._inputs(batch, generator))
         f_hat, target = quantized.stages[-1], batch.images
-        if generator is not None and self.hparams.scale_dropout > 0:
+        if generator is not None and self.scale_dropout > 0:
             scale = self._last_scales(len(target), generator)
             rows = torch.arange(len(target), device=self.device)
             states = torch.tensor(self.schedule.states, device=self.device)
@@ -137,19 +141,18 @@ class TokenizerTask(LightningModule):
     def _last_scales(self, batch: int, generator: torch.Generator) -> Tensor:
         """(B,) the scale after which a sample is decoded."""
         last = self.schedule.num_scales - 1
-        dropped = torch.rand(batch, device=self.device, generator=generator) < self.hparams.scale_dropout
+        dropped = torch.rand(batch, device=self.device, generator=generator) < self.scale_dropout
         earlier = torch.randint(max(last, 1), (batch,), device=self.device, generator=generator)
         return torch.where(dropped, earlier, last)
 
     def _loss(self, passed: AliasPass) -> tuple[Tensor, Tensor]:
         pairs = zip(passed.reconstructions, passed.targets, strict=True)
-        pixel = sum(pixel_loss(x, y, self.hparams.l1_weight, self.hparams.l2_weight) for x, y in pairs)
-        pixel = pixel / len(passed.targets)
-        return pixel + self.hparams.vq_weight * passed.loss, pixel
+        pixel = torch.stack([pixel_loss(x, y, *self.pixel_weights) for x, y in pairs]).mean()
+        return pixel + self.vq_weight * passed.loss, pixel
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """One step; logs ``train/loss``, ``train/pixel`` and ``train/vq``."""
-        key = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
+        key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         passed = self._pass(batch, batch_generator(self.device, *key))
         loss, pixel = self._loss(passed)
         self.log_dict({"train/loss": loss, "train/pixel": pixel, "train/vq": passed.loss}, prog_bar=True)
@@ -186,13 +189,11 @@ class TokenizerTask(LightningModule):
         """The optimiser with a learning rate that warms up and then falls linearly."""
         optimizer = self.optimizer_factory(parameter_groups([self.tokenizer]))
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = warmup_linear(optimizer, steps, self.hparams.lr_warmup, self.hparams.lr_final)
+        scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _noisy(
-    views: Sequence[Tensor], deviations: Sequence[float], generator: torch.Generator | None
-) -> list[Tensor]:
+def _noisy(views: Sequence[Tensor], deviations: Sequence[float], generator: torch.Generator | None) -> list[Tensor]:
     """Views plus Gaussian noise of the given standard deviations; as they are without a generator."""
     if generator is None:
         return list(views)

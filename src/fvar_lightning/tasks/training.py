@@ -34,11 +34,12 @@ def check_schedule(task: LightningModule, schedule: FocusSchedule) -> None:
 def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices with the optimiser's weight decay; biases, gains, embeddings of
     position and level, and attention temperatures without (VAR's rule)."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                is_matrix = parameter.squeeze().dim() > 1 and not any(word in name for word in _UNDECAYED)
+                is_matrix = parameter.dim() > 1 and not any(word in name for word in _UNDECAYED)
                 (decayed if is_matrix else free).append(parameter)
     return [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
 
@@ -47,7 +48,7 @@ _UNDECAYED = ("pos_", "lvl_embed", "ada_gss", "scale_mul", "alias_positions", "a
 
 
 def warmup_linear(optimizer: torch.optim.Optimizer, steps: int, warmup: float, final: float) -> LambdaLR:
-    """Learning rate rising linearly over the first `warmup` of `steps`, then falling linearly to `final` of the peak."""
+    """Learning rate rising linearly over `warmup` of the `steps`, then falling linearly to `final` of its peak."""
     rising = max(round(warmup * steps), 1)
 
     def factor(step: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.autoencoder import Decoder, Encoder
-from fvar_lightning.tokenizer.codebook import Codebook
+from fvar_lightning.tokenizer.codebook import Codebook, exact
 from fvar_lightning.tokenizer.vqvae import check_patch_size
 
 
@@ -94,7 +94,7 @@ class AliasTokenizer(nn.Module):
         if self.training:
             self._track(residuals)
         targets = [a / self.std(s) for s, a in enumerate(residuals)]
-        features = [self.encoder(t).float() for t in targets]
+        features = [exact(self.encoder(t)) for t in targets]
         vectors = [rearrange(z, "b c h w -> (b h w) c") for z in features]
         loss = vectors[0].new_zeros(())
         indices: list[Tensor] = []
@@ -131,7 +131,7 @@ class AliasTokenizer(nn.Module):
         """A_s of S scales, (B, 3, pn_s p, pn_s p) each -> S token maps (B, pn_s^2) int64."""
         indices = []
         for s, a in enumerate(residuals):
-            z = rearrange(self.encoder(a / self.std(s)).float(), "b c h w -> b (h w) c")
+            z = rearrange(exact(self.encoder(a / self.std(s))), "b c h w -> b (h w) c")
             indices.append(self.codebook.nearest(z.flatten(0, 1)).view(z.shape[:2]))
         return indices
 

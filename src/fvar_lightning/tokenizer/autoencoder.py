@@ -4,6 +4,7 @@ Legend: B batch, C channels, H x W pixels, Z latent channels, h x w = H/f x W/f 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import gcd
 
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, depth: int, attention: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * depth
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(depth if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ def _joined(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def exact(z: Tensor) -> Tensor:
+    """At least float32: half-precision features would choose other codes."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
 class Codebook(nn.Module):
     """V vectors that follow the data by exponential moving averages (VQ-VAE, appendix A.1).
 
@@ -61,6 +66,11 @@ class Codebook(nn.Module):
     def vocab_size(self) -> int:
         """V."""
         return self.embedding.num_embeddings
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.embedding.embedding_dim
 
     @property
     def warming_up(self) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fvar_lightning.tokenizer.codebook import Codebook
+from fvar_lightning.tokenizer.codebook import Codebook, exact
 
 
 class Quantized(NamedTuple):
@@ -23,7 +23,7 @@ class Quantized(NamedTuple):
     indices: list[Tensor]
     """Token maps, S tensors (B, pn_s^2) int64; empty while the codebook warms up."""
     loss: Tensor
-    """Codebook and commitment loss, a scalar; 0 while the codebook warms up."""
+    """Codebook and commitment loss, a scalar."""
 
 
 class Phi(nn.Conv2d):
@@ -45,15 +45,21 @@ class MultiScaleQuantizer(nn.Module):
     Args:
         patch_nums: side of every token map.
         codebook: the codes, shared by all scales.
-        num_phi: phi convolutions, shared evenly among the scales (official VAR: 4).
+        num_phi: phi convolutions, shared evenly among the scales; ``None``: official VAR's 4, or S if that is less.
         commitment: weight of the commitment loss.
+
+    Raises:
+        ValueError: if there are more convolutions than scales.
     """
 
     def __init__(
-        self, patch_nums: Sequence[int], codebook: Codebook, *, num_phi: int = 4, commitment: float = 0.25
+        self, patch_nums: Sequence[int], codebook: Codebook, *, num_phi: int | None = None, commitment: float = 0.25
     ) -> None:
         super().__init__()
         self.patch_nums = tuple(patch_nums)
+        num_phi = min(4, len(self.patch_nums)) if num_phi is None else num_phi
+        if not 1 <= num_phi <= len(self.patch_nums):
+            raise ValueError(f"num_phi must lie in 1..{len(self.patch_nums)} (the scales), got {num_phi}")
         self.codebook = codebook
         self.commitment = commitment
         channels = codebook.embedding.embedding_dim
@@ -92,13 +98,13 @@ class MultiScaleQuantizer(nn.Module):
             references: what f_hat is drawn to after every scale, at size pn_s or h; `features` where left out.
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            features = [_exact(z) for z in features]
-            references = features if references is None else [_exact(z) for z in references]
+            features = [exact(z) for z in features]
+            references = features if references is None else [exact(z) for z in references]
             if self.codebook.warming_up:
                 self.codebook.step()
-                return Quantized([self.up(z) for z in references], [], references[-1].new_zeros(()))
+                return self._warm_up(features, references)
             if self.codebook.needs_init:
-                self.codebook.initialise(self._unquantised_residuals(features))
+                self.codebook.initialise(self._residuals(features)[0])
             return self._quantise(features, references)
 
     def _quantise(self, features: Sequence[Tensor], references: Sequence[Tensor]) -> Quantized:
@@ -113,7 +119,7 @@ class MultiScaleQuantizer(nn.Module):
             pool.append(residual)
             chosen.append(indices)
             f_hat = self.add(f_hat, self.code_map(indices.view(len(z), -1)), s)
-            at_reference = f_hat if reference.shape == f_hat.shape else self.down(f_hat, s)
+            at_reference = self._like(f_hat, reference, s)
             loss = loss + F.mse_loss(at_reference, reference.detach())
             loss = loss + self.commitment * F.mse_loss(reference, at_reference.detach())
             through = self.up(reference)
@@ -127,7 +133,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Token maps of the features z_s: S tensors (B, pn_s^2) int64."""
-        features = [_exact(z) for z in features]
+        features = [exact(z) for z in features]
         f_hat = torch.zeros_like(features[-1])
         maps = []
         for s, z in enumerate(features):
@@ -137,21 +143,33 @@ class MultiScaleQuantizer(nn.Module):
             maps.append(indices)
         return maps
 
-    @torch.no_grad()
-    def _unquantised_residuals(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """What each scale would have to quantise if the scales before it had been added without error."""
+    def _warm_up(self, features: Sequence[Tensor], references: Sequence[Tensor]) -> Quantized:
+        """Everything passes unquantised, and phi learns to add up exact residuals."""
+        _, f_hats = self._residuals([z.detach() for z in features])
+        losses = [
+            F.mse_loss(self._like(f, r, s), r.detach()) for s, (f, r) in enumerate(zip(f_hats, references, strict=True))
+        ]
+        return Quantized([self.up(r) for r in references], [], torch.stack(losses).mean())
+
+    def _residuals(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What each scale would quantise, (N_s, C), and f_hat after it, if no code were in error."""
         f_hat = torch.zeros_like(features[-1])
-        pool = []
+        residuals, f_hats = [], []
         for s, z in enumerate(features):
             residual = z - self.down(f_hat, s)
             f_hat = self.add(f_hat, residual, s)
-            pool.append(rearrange(residual, "b c h w -> (b h w) c"))
-        return pool
+            residuals.append(rearrange(residual.detach(), "b c h w -> (b h w) c"))
+            f_hats.append(f_hat)
+        return residuals, f_hats
+
+    def _like(self, f_hat: Tensor, reference: Tensor, scale: int) -> Tensor:
+        """f_hat at the size of the reference: its own, or the scale's."""
+        return f_hat if reference.shape == f_hat.shape else self.down(f_hat, scale)
 
     def stages(self, indices: Sequence[Tensor]) -> list[Tensor]:
         """f_hat after every scale from token maps: S tensors (B, pn_s^2) -> S tensors (B, C, h, w)."""
         size = self.patch_nums[-1]
-        f_hat = self.codebook.embedding.weight.new_zeros(len(indices[0]), self.phi[0].in_channels, size, size)
+        f_hat = self.codebook.embedding.weight.new_zeros(len(indices[0]), self.codebook.channels, size, size)
         stages = []
         for s, tokens in enumerate(indices):
             f_hat = self.add(f_hat, self.code_map(tokens), s)
@@ -166,8 +184,3 @@ class MultiScaleQuantizer(nn.Module):
         """Teacher-forcing input of VAR: S token maps -> (B, L - pn_1^2, C), float32."""
         stages = self.stages(indices[:-1])
         return torch.cat([self.next_input(f_hat, s) for s, f_hat in enumerate(stages)], dim=1)
-
-
-def _exact(z: Tensor) -> Tensor:
-    """At least float32: half-precision features would choose other codes."""
-    return z.to(torch.promote_types(z.dtype, torch.float32))

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fvar_lightning.schedule import VAR_PATCH_NUMS, FocusSchedule
+from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.autoencoder import VAR_CH_MULT, Decoder, Encoder
 from fvar_lightning.tokenizer.codebook import Codebook
 from fvar_lightning.tokenizer.quantizer import MultiScaleQuantizer, Quantized
@@ -40,7 +40,7 @@ class VQVAE(nn.Module):
         ch: base width of the autoencoder.
         ch_mult: width of each resolution as a multiple of `ch`; its length sets the down-sampling factor.
         num_res_blocks: residual blocks per resolution.
-        num_phi: phi convolutions shared among the scales.
+        num_phi: phi convolutions shared among the scales, see `MultiScaleQuantizer`.
         codebook: further arguments of `Codebook` (decay, warmup_steps, revive_after).
 
     Raises:
@@ -57,7 +57,7 @@ class VQVAE(nn.Module):
         ch: int = 160,
         ch_mult: Sequence[int] = VAR_CH_MULT,
         num_res_blocks: int = 2,
-        num_phi: int = 4,
+        num_phi: int | None = None,
         **codebook: Any,
     ) -> None:
         super().__init__()

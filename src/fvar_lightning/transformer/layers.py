@@ -5,6 +5,7 @@ Legend: B batch, L tokens, C width, H heads, D = C / H.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +134,20 @@ class AdaLNBlock(nn.Module):
         self.ffn = FFN(width, hidden)
         self.ln_wo_grad = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.drop_path_rate = drop_path_rate
-        if shared_aln:
-            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
-        else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5) if shared_aln else None
+        self.ada_lin = None if shared_aln else nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    @torch.no_grad()
+    def close_branches(self, depth: int) -> None:
+        """Scale freshly drawn weights so that the branches of `depth` blocks start almost closed (see `VAR`)."""
+        self.attn.proj.weight.div_(math.sqrt(2 * depth))
+        self.ffn.fc2.weight.div_(math.sqrt(2 * depth))
+        factors = torch.tensor([1e-5] * 2 + [0.5] * 4)
+        if self.ada_gss is not None:
+            self.ada_gss.mul_(factors[:, None].to(self.ada_gss))
+        elif self.ada_lin is not None:
+            weight = cast(nn.Linear, self.ada_lin[1]).weight
+            weight.mul_(factors.to(weight).repeat_interleave(weight.shape[1])[:, None])
 
     def modulation(self, condition: Tensor) -> Tensor:
         """(B, 6, C): gains, scales and shifts of both branches.
@@ -144,8 +155,9 @@ class AdaLNBlock(nn.Module):
         Args:
             condition: the class embedding (B, C), or with shared AdaLN the shared modulation (B, 6, C).
         """
-        if hasattr(self, "ada_gss"):
+        if self.ada_gss is not None:
             return self.ada_gss[0] + condition
+        assert self.ada_lin is not None
         return rearrange(self.ada_lin(condition), "b (six c) -> b six c", six=6)
 
     def forward(

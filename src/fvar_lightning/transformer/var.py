@@ -5,7 +5,7 @@ Legend: B batch, S scales, L tokens of all scales, l tokens of one scale, C widt
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -109,6 +109,10 @@ class VAR(nn.Module):
 
     level_ids: Tensor
 
+    @property
+    def _blocks(self) -> list[AdaLNBlock]:
+        return cast(list[AdaLNBlock], list(self.blocks))
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """VAR's initialisation: truncated normals of variance 1 / (3 C), residual branches that start almost closed.
@@ -129,17 +133,9 @@ class VAR(nn.Module):
                 module.bias.zero_()
         for position in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(position, std=std)
-        for block in self.blocks:
-            block.attn.proj.weight /= math.sqrt(2 * self.depth)
-            block.ffn.fc2.weight /= math.sqrt(2 * self.depth)
-            gains, rest = 2 * self.width, 4 * self.width
-            if self.shared_aln:
-                block.ada_gss[:, :, :2] *= 1e-5
-                block.ada_gss[:, :, 2:] *= 0.5
-            else:
-                by_row = torch.tensor([1e-5] * gains + [0.5] * rest)
-                block.ada_lin[-1].weight *= by_row[:, None].to(block.ada_lin[-1].weight)
-        self.head_nm.ada_lin[-1].weight *= 0.5
+        for block in self._blocks:
+            block.close_branches(self.depth)
+        cast(nn.Linear, self.head_nm.ada_lin[1]).weight.mul_(0.5)
         self.head.weight *= 0.02
 
     def condition(self, labels: Tensor) -> Condition:
@@ -193,10 +189,10 @@ class VAR(nn.Module):
 
     def modulations(self, condition: Condition) -> list[Tensor]:
         """AdaLN modulations of every block, (B, 6, C) each: computed once per sample, read at every scale."""
-        return [block.modulation(condition.for_blocks) for block in self.blocks]
+        return [block.modulation(condition.for_blocks) for block in self._blocks]
 
     def step(self, tokens: Tensor, modulations: Sequence[Tensor], cache: KVCache) -> Tensor:
         """One scale of generation: embedded tokens (B, l, C) -> output of the last block (B, l, C)."""
-        for i, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
+        for i, (block, modulation) in enumerate(zip(self._blocks, modulations, strict=True)):
             tokens = block.step(tokens, modulation, cache, i)
         return tokens

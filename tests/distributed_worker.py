@@ -1,0 +1,79 @@
+"""Run by test_distributed.py in two processes: one training step of a task, weights written by rank 0.
+
+Usage: distributed_worker.py TASK STRATEGY OUTPUT [TOKENIZER ...]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.utils.data import DataLoader
+
+from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.optics.refocus import Refocus
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.tokenizer import TokenizerTask
+
+SCHEDULE = FocusSchedule((1, 2, 4), patch_size=4, focus_states=2)
+TOTAL = 8
+
+
+class FixedImages(LightningDataModule):
+    """Eight fixed images: the first four to rank 0, the others to rank 1, or all to one process."""
+
+    schedule = SCHEDULE
+
+    def train_dataloader(self) -> DataLoader:
+        images = torch.rand(TOTAL, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        data = list(zip(images, torch.arange(TOTAL) % 2, strict=True))
+        share = TOTAL // self.trainer.world_size
+        first = share * self.trainer.global_rank
+        return DataLoader(data, share, sampler=range(first, first + share))
+
+    def on_after_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> ImageBatch:
+        images, labels = batch
+        refocus = Refocus(SCHEDULE)
+        blurred = refocus.blur(images)
+        return ImageBatch(images, labels, refocus.views(images, blurred), blurred)
+
+
+def sgd(params: object) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def make_task(name: str, tokenizers: list[str]) -> TokenizerTask | FVARTask:
+    torch.manual_seed(0)
+    if name == "fvar":
+        return FVARTask(
+            *tokenizers, num_classes=2, depth=3, width=32, heads=2, drop_path_rate=0.0, label_dropout=0.0, optimizer=sgd
+        )
+    return TokenizerTask(
+        SCHEDULE, kind=name, vocab_size=8, z_channels=4, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, warmup_steps=1,
+        revive_after=1, noise=(0.0, 0.0), scale_dropout=0.0, optimizer=sgd,
+    )  # fmt: skip
+
+
+def run(name: str, strategy: str, output: Path, tokenizers: list[str]) -> None:
+    torch.set_num_threads(1)
+    plan = {
+        "single": "auto",
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "fsdp": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo",
+                                      save_distributed_checkpoint=False),
+    }[strategy]  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", precision="64-true", devices=1 if strategy == "single" else 2, strategy=plan,
+        max_steps=3, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, default_root_dir=output.parent,
+    )  # fmt: skip
+    task = make_task(name, tokenizers)
+    trainer.fit(task, FixedImages())
+    trainer.save_checkpoint(output, weights_only=False)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])

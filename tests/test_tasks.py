@@ -1,0 +1,270 @@
+"""The tasks: losses, gradients, and `fvar` in process on tiny configurations."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+
+from fvar_lightning.checkpoints import load_tokenizer
+from fvar_lightning.cli import main
+from fvar_lightning.data.batches import TokenBatch
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tasks.training import batch_generator, parameter_groups, warmup_linear
+from fvar_lightning.tokenizer.alias import AliasTokenizer
+from fvar_lightning.tokenizer.vqvae import VQVAE
+
+CONF = Path(__file__).parent / "conf"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> dict[str, Path]:
+    """Both tokenizers, trained for a few steps through the command line."""
+    root = tmp_path_factory.mktemp("stage1")
+    for kind in ("structure", "alias"):
+        fit("tokenizer.yaml", image_folder, root / kind, [f"--model.kind={kind}"])
+    return {kind: root / kind / "last.ckpt" for kind in ("structure", "alias")}
+
+
+def fit(config: str, source: Path, root: Path, args: list[str]) -> None:
+    cli = main(
+        [
+            "fit",
+            f"--config={CONF / config}",
+            f"--data.source={source}",
+            f"--trainer.default_root_dir={root}",
+            f"--trainer.logger.save_dir={root}",
+            *args,
+        ]
+    )
+    assert cli is not None
+    cli.trainer.save_checkpoint(root / "last.ckpt", weights_only=False)
+
+
+def stage2_args(trained: dict[str, Path]) -> list[str]:
+    return [f"--model.{kind}_tokenizer={path}" for kind, path in trained.items()]
+
+
+@pytest.fixture(scope="module")
+def stage2(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, trained: dict[str, Path]) -> Path:
+    root = tmp_path_factory.mktemp("stage2")
+    fit("fvar.yaml", image_folder, root, stage2_args(trained))
+    return root / "last.ckpt"
+
+
+def test_fit_writes_tokenizers_that_load(trained: dict[str, Path]) -> None:
+    assert isinstance(load_tokenizer(trained["structure"]), VQVAE)
+    assert isinstance(load_tokenizer(trained["alias"]), AliasTokenizer)
+    assert isinstance(TokenizerTask.load_from_checkpoint(trained["alias"]).tokenizer, AliasTokenizer)
+
+
+def test_fit_of_stage_two_knows_the_classes(stage2: Path) -> None:
+    task = FVARTask.load_from_checkpoint(stage2)
+    assert task.class_names == ["blue", "red"]
+    assert task.student.num_classes == 2
+    assert task.generate(torch.tensor([0, 1, 2]), seeds=[1, 2, 3]).shape == (3, 3, 16, 16)
+
+
+def test_predict_writes_pictures_of_every_class(
+    tmp_path: Path, image_folder: Path, trained: dict[str, Path], stage2: Path
+) -> None:
+    args = [f"--config={CONF / 'fvar.yaml'}", f"--data.source={image_folder}", *stage2_args(trained)]
+    writer = ["--trainer.callbacks=SampleWriter", f"--trainer.callbacks.folder={tmp_path / 'samples'}"]
+    main(["predict", *args, *writer, "--data.samples_per_class=3", f"--ckpt_path={stage2}", "--trainer.logger=false",
+          f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    files = sorted(str(p.relative_to(tmp_path / "samples")) for p in (tmp_path / "samples").rglob("*.*"))
+    assert files == [f"{c:04d}_{n}/{3 * c + i:06d}.png" for c, n in enumerate(["blue", "red"]) for i in range(3)]
+
+
+def test_stage_two_trains_from_a_token_cache(tmp_path: Path, image_folder: Path, trained: dict[str, Path]) -> None:
+    cache = tmp_path / "tokens"
+    args = [f"--config={CONF / 'fvar.yaml'}", f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"]
+    main(["predict", *args, f"--data.source={image_folder}", *stage2_args(trained), "--data.predict=tokens",
+          "--data.crops_per_image=2", "--trainer.callbacks=TokenWriter",
+          f"--trainer.callbacks.folder={cache}"])  # fmt: skip
+    data = yaml.safe_dump(
+        {"data": {"class_path": "TokenDataModule", "init_args": {"path": str(cache), "batch_size": 4}}}
+    )
+    (tmp_path / "tokens.yaml").write_text(data)
+    model = yaml.safe_load((CONF / "fvar.yaml").read_text())
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({k: model[k] for k in ("model", "trainer")}))
+    cli = main(["fit", f"--config={tmp_path / 'model.yaml'}", f"--config={tmp_path / 'tokens.yaml'}",
+                *stage2_args(trained), "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    assert cli is not None
+    assert cli.trainer.global_step == 4
+    assert cli.model.class_names == ["blue", "red"]
+
+
+def test_a_resumed_run_reaches_the_same_weights(tmp_path: Path, image_folder: Path) -> None:
+    checkpoint = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
+                  f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.callbacks.every_n_train_steps=3",
+                  "--trainer.callbacks.filename=half"]  # fmt: skip
+    fit("tokenizer.yaml", image_folder, tmp_path / "whole", checkpoint)
+    fit("tokenizer.yaml", image_folder, tmp_path / "half", [f"--ckpt_path={tmp_path / 'half.ckpt'}"])
+    whole, half = (load_tokenizer(tmp_path / name / "last.ckpt").state_dict() for name in ("whole", "half"))
+    for name, value in whole.items():
+        assert torch.equal(value, half[name]), name
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.vocabsize=8"], "vocabsize"),
+        (["--data.image_size=20"], r"image_size .* 4 \* 4 = 16, got 20"),
+        (["--model.ch_mult=[1, 2]"], r"ch_mult \(1, 2\) down-samples by 2, but patch_size is 4"),
+        (["--data.source=/nowhere"], "source .*'/nowhere'"),
+        (["--model.targets=focus"], "focus"),
+    ],
+)
+def test_bad_arguments_are_named(
+    args: list[str], message: str, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", *args])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def make_task(trained: dict[str, Path], **kwargs: object) -> FVARTask:
+    paths = {f"{kind}_tokenizer": str(path) for kind, path in trained.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FVARTask(**paths, num_classes=2, depth=3, width=32, heads=2, drop_path_rate=0.1, **kwargs)
+
+
+def make_tokens(task: FVARTask) -> TokenBatch:
+    generator = torch.Generator().manual_seed(1)
+    sides = task.vae.schedule.patch_nums
+    structure, alias = ([torch.randint(v, (4, n * n), generator=generator) for n in sides] for v in (8, 8))
+    return TokenBatch(structure, alias, torch.tensor([0, 1, 1, 0]))
+
+
+def gradients(task: FVARTask, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    task.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in task.student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("trunk", ["shared", "separate"])
+def test_student_gradients_without_teacher_are_plain_vars(trained: dict[str, Path], trunk: str) -> None:
+    """With distillation and teacher weights at zero: bit for bit, also where the teacher's pass is made."""
+    task = make_task(trained, trunk=trunk).train()
+    batch = make_tokens(task)
+    plain = copy.deepcopy(task.student).train()
+    generator = batch_generator(torch.device("cpu"), 5)
+    torch.rand(4, generator=generator)  # label dropout draws first
+    inputs = task.vae.var_inputs(batch.structure)
+    dropped = torch.rand(4, generator=batch_generator(torch.device("cpu"), 5)) < 0.1
+    logits = plain(torch.where(dropped, 2, batch.labels), inputs, generator=generator)
+    F.cross_entropy(logits.flatten(0, 1), torch.cat(batch.structure, 1).flatten()).backward()
+    for name in ("teacher_loss_weight", "feature_weight", "logit_weight"):
+        setattr(task, name, 0.0)
+    found = gradients(task, task.losses(batch, batch_generator(torch.device("cpu"), 5))["loss"])
+    for name, p in plain.named_parameters():
+        assert torch.equal(found[name], p.grad), name
+
+
+def test_teacher_is_not_pulled_by_the_distillation(trained: dict[str, Path]) -> None:
+    task = make_task(trained).train()
+    torch.nn.init.normal_(task.teacher.blocks[-1].cross.proj.weight)
+    terms = task.losses(make_tokens(task))
+    own = [p for p in task.teacher.parameters()]
+    grads = torch.autograd.grad(terms["feature"] + terms["logit"], own, allow_unused=True)
+    assert all(g is None for g in grads)
+    assert terms["feature"] > 0
+    assert terms["logit"] > 0
+
+
+def test_logit_term_is_the_divergence_in_float64(trained: dict[str, Path]) -> None:
+    task = make_task(trained).eval()
+    torch.nn.init.normal_(task.teacher.blocks[-1].cross.proj.weight)
+    torch.nn.init.normal_(task.student.head.weight)
+    batch = make_tokens(task)
+    terms = task.losses(batch)
+    inputs = task.vae.var_inputs(batch.structure)
+    trace = task.student.trace(batch.labels, inputs)
+    alias = task.alias_tokenizer.codes(torch.cat(batch.alias, 1))
+    taught = task.teacher(task.student, trace, batch.labels, inputs, alias)
+    p, q = (x.double().softmax(-1) for x in (taught.logits, trace.logits))
+    assert terms["logit"].item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+    error = (trace.hidden[-1] - taught.hidden[-1]).double().square().mean()
+    assert terms["feature"].item() == pytest.approx(error.item(), rel=1e-4)
+    total = terms["student"] + terms["teacher"] + terms["feature"] + 0.5 * terms["logit"]
+    torch.testing.assert_close(terms["loss"], total)
+
+
+def test_without_weights_there_is_no_teacher(trained: dict[str, Path]) -> None:
+    task = make_task(trained, teacher_loss_weight=0.0, feature_weight=0.0, logit_weight=0.0)
+    assert task.teacher is None
+    assert set(task.losses(make_tokens(task))) == {"student", "loss"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher_loss_weight": 0.0}, "teacher_loss_weight 0 leaves the teacher untrained"),
+        ({"logit_weight": -1.0}, "logit_weight must not be negative, got -1"),
+        ({"feature_blocks": 3}, r"feature_blocks must lie in 1..2 \(alias_blocks\), got 3"),
+        ({"label_dropout": 1.0}, "label_dropout must lie in"),
+        ({"alias_blocks": 9}, r"alias_blocks must lie in 1..3"),
+    ],
+)
+def test_task_refuses(trained: dict[str, Path], arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_task(trained, **arguments)
+
+
+def test_swapped_or_missing_tokenizers_are_named(trained: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"structure_tokenizer .* holds an alias tokenizer"):
+        FVARTask(structure_tokenizer=str(trained["alias"]))
+    with pytest.raises(ValueError, match=r"alias_tokenizer .* holds a structure tokenizer"):
+        FVARTask(structure_tokenizer=str(trained["structure"]), alias_tokenizer=str(trained["structure"]))
+    with pytest.raises(ValueError, match="does not exist"):
+        FVARTask(structure_tokenizer=str(tmp_path / "none.ckpt"))
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(trained["structure"].read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"broken.ckpt' cannot be read"):
+        FVARTask(structure_tokenizer=str(broken))
+
+
+def test_parameter_groups_spare_biases_and_positions(trained: dict[str, Path]) -> None:
+    task = make_task(trained)
+    decayed, free = (set(map(id, group["params"])) for group in parameter_groups([task.student]))
+    names = {id(p): n for n, p in task.student.named_parameters()}
+    assert {names[i] for i in free} == {
+        n for n in names.values() if "bias" in n or "scale_mul" in n or n.startswith(("pos_", "lvl_embed"))
+    }
+    assert len(decayed) + len(free) == len(names)
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = warmup_linear(optimizer, steps=100, warmup=0.1, final=0.01)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9] == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(2 * (0.01 + 0.99 / 90))
+
+
+def test_batch_generator_depends_on_its_key_alone() -> None:
+    draws = [torch.rand(3, generator=batch_generator(torch.device("cpu"), *key)) for key in ((0, 1), (0, 1), (1, 0))]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_schedules_must_agree(trained: dict[str, Path]) -> None:
+    class Data:
+        schedule = FocusSchedule((1, 2, 4), patch_size=4, focus_states=3)
+
+    task = make_task(trained)
+    task._trainer = type("Trainer", (), {"datamodule": Data()})()
+    with pytest.raises(ValueError, match="schedule of the data module and of the tokenizer differ"):
+        task.setup("fit")
