@@ -101,7 +101,7 @@ def weights(config: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ten
         elif name.startswith(EMBEDDINGS) or name.endswith("ada_gss"):
             filled[name] = 0.7 * x
         else:
-            gain = {"head.weight": 2.0, "decoder.conv_out.weight": 0.4}.get(name, 1.0)
+            gain = 0.4 if name == "decoder.conv_out.weight" else 1.0
             filled[name] = gain / math.sqrt(math.prod(shape[1:])) * x
     return filled
 

@@ -1,0 +1,47 @@
+"""Reading and writing files of weights: tensors and plain values only, and whole or not at all."""
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's contents on the CPU, memory-mapped, tensors and plain values only.
+
+    Raises:
+        ValueError: if the file is missing, truncated, or holds anything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"checkpoint {str(path)!r} is a folder; a sharded checkpoint becomes one file by "
+            "`python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER`"
+        )
+    if not path.is_file():
+        raise ValueError(f"checkpoint {str(path)!r} does not exist")
+    try:
+        # files from before torch 1.6 are no archives and cannot be mapped
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read as weights: {error}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(contents).__name__}, not a dictionary of weights")
+    return contents
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, beside `path`, which replaces `path` once the block has ended without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
