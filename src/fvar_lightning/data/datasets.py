@@ -48,7 +48,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.transform = transform
         self.seed = seed
         self.max_unreadable = max(10, math.ceil(length / 100)) if max_unreadable is None else max_unreadable
-        self.unreadable = torch.zeros(length, dtype=torch.bool).share_memory_()
+        self.unreadable = torch.zeros(length, dtype=torch.bool, device="cpu").share_memory_()
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """RGB picture and label; raises whatever the decoder raises."""
