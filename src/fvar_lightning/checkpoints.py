@@ -1,41 +1,130 @@
-"""Weights in files: tokenizers trained here."""
+"""Networks out of files of any kind: training checkpoints of this library, official VAR's files, pretrained folders."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
-from fvar_lightning.tokenizer.build import Tokenizer, build_tokenizer
+from fvar_lightning.describe import check_weights, describe, rebuild
+from fvar_lightning.files import read_checkpoint
+from fvar_lightning.official import is_official, load_vae, read_var
+from fvar_lightning.pretrained import SAMPLING, ModelInfo, Pretrained, is_pretrained, part_of, read_pretrained
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tokenizer.build import Tokenizer
+from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
+from fvar_lightning.transformer.var import VAR
+
+Weights = Literal["ema", "raw"]
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's contents on the CPU, memory-mapped, tensors and plain values only.
+def load_tokenizer(
+    path: str | Path, *, schedule: FocusSchedule | None = None, targets: Targets = "feature"
+) -> Tokenizer:
+    """A trained tokenizer, frozen, in evaluation mode, with averaged weights where training kept them.
+
+    Args:
+        path: checkpoint of a `TokenizerTask` or of a `FVARTask` (its structure tokenizer), file of official VAR, or
+            what `save_pretrained` wrote.
+        schedule: for a file of official VAR, which knows no focus; None: see `load_var_checkpoint`.
+        targets: for a file of official VAR: what its tokens are to stand for.
 
     Raises:
-        ValueError: if the file is missing, truncated, or holds anything else.
+        ValueError: if the file holds no tokenizer, or knows its own schedule and that is another.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint {str(path)!r} does not exist")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read as weights: {error}") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"checkpoint {str(path)!r} holds a {type(contents).__name__}, not a dictionary of weights")
-    return contents
+    source = repr(str(path))
+    if is_pretrained(path):
+        config, weights = read_pretrained(path)
+        description, weights = config.get("vae"), part_of(weights, "vae")
+    else:
+        contents = read_checkpoint(path)
+        if is_official(contents):
+            return load_vae(contents, str(path), schedule=schedule, targets=targets)
+        description, name = contents.get("tokenizer"), "tokenizer"
+        if description is None and "networks" in contents:
+            description, name = contents["networks"].get("vae"), "vae"
+        weights = part_of(contents.get("state_dict", {}), name)
+    if description is None:
+        raise ValueError(f"checkpoint {source} holds no tokenizer")
+    tokenizer = rebuild(description, weights, source)
+    if isinstance(tokenizer, VAR):
+        raise ValueError(f"checkpoint {source} describes a transformer as its tokenizer")
+    if schedule not in (None, tokenizer.schedule):
+        raise ValueError(f"schedule of {source} is {tokenizer.schedule}, not {schedule}")
+    return tokenizer.requires_grad_(False)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a `TokenizerTask` checkpoint, in evaluation mode; averaged weights where training kept them.
+def load_initial_weights(var: VAR, path: str | Path) -> None:
+    """Start `var` from trained weights, to go on with other classes or other tokens.
+
+    Where the number of classes differs, the class embeddings keep their initialisation, but for the class-free one,
+    which is no class; all else is taken over.
+
+    Args:
+        var: is changed in place.
+        path: transformer of official VAR, checkpoint of a `FVARTask` (averaged weights where training kept them), or
+            what `save_pretrained` wrote.
 
     Raises:
-        ValueError: if the file is no such checkpoint.
+        ValueError: if the file holds no transformer, or one of other sizes; the message names them.
     """
+    description, weights = _read_transformer(path, var)
+    differing = [
+        f"{name} is {description.get(name)}, not {value}"
+        for name, value in describe(var).items()
+        if name not in ("num_classes", "drop_path_rate") and description.get(name) != value
+    ]
+    if differing:
+        raise ValueError(f"the transformer in {str(path)!r} is another: {', '.join(differing)}")
+    own = var.state_dict()
+    classes = "class_emb.weight"
+    if description["num_classes"] != var.num_classes:
+        weights[classes] = torch.cat((own[classes][:-1], weights[classes][-1:].to(own[classes])))
+    check_weights({name: tensor.shape for name, tensor in own.items()}, weights, repr(str(path)))
+    var.load_state_dict(weights)
+
+
+def _read_transformer(path: str | Path, var: VAR) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and weights of the transformer in a file of any kind."""
+    if is_pretrained(path):
+        config, weights = read_pretrained(path)
+        description, weights = config.get("var"), part_of(weights, "var")
+    else:
+        contents = read_checkpoint(path)
+        if "networks" not in contents:
+            return read_var(contents, str(path), var.layout.patch_nums)
+        description, weights = contents["networks"].get("student"), part_of(contents["state_dict"], "student")
+    if description is None:
+        raise ValueError(f"{str(path)!r} holds no transformer")
+    return description, weights
+
+
+def load_fvar_checkpoint(path: str | Path, weights: Weights = "ema") -> Pretrained:
+    """Student, structure tokenizer, class names and sampling defaults of a `FVARTask` checkpoint, without its teacher.
+
+    Args:
+        path: of the checkpoint.
+        weights: ``ema``: averaged weights where training kept them (`EMAWeightAveraging`); ``raw``: those of the last
+            step.
+
+    Raises:
+        ValueError: if the file is no such checkpoint, or `weights` is neither.
+    """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be one of {get_args(Weights)}, got {weights!r}")
     checkpoint = read_checkpoint(path)
-    if "tokenizer" not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"checkpoint {str(path)!r} is not of a TokenizerTask; it holds {sorted(checkpoint)[:8]}")
-    tokenizer = build_tokenizer(**checkpoint["tokenizer"])
-    prefix = "tokenizer."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    tokenizer.load_state_dict(weights)
-    return tokenizer.eval().requires_grad_(False)
+    networks = checkpoint.get("networks", {})
+    if not {"student", "vae"} <= set(networks):
+        raise ValueError(f"checkpoint {str(path)!r} is not of a FVARTask; it holds {sorted(map(str, checkpoint))[:8]}")
+    # Lightning's weight averaging puts the average in the place of the weights
+    state = checkpoint["state_dict"]
+    if weights == "raw":
+        state = checkpoint.get("current_model_state", state)
+    var = rebuild(networks["student"], part_of(state, "student"), f"the student in {str(path)!r}")
+    vae = rebuild(networks["vae"], part_of(state, "vae"), f"the structure tokenizer in {str(path)!r}")
+    assert isinstance(var, VAR)
+    assert isinstance(vae, VQVAE)
+    arguments = checkpoint.get("hyper_parameters", {})
+    names = arguments.get("class_names") or [str(label) for label in range(var.num_classes)]
+    sampling = {name: arguments[name] for name in SAMPLING if name in arguments}
+    return Pretrained(var, vae.requires_grad_(False), ModelInfo(list(names), sampling))

@@ -110,15 +110,22 @@ def load_vae(
 
 def load_var(contents: Mapping[str, Any], source: str, patch_nums: Sequence[int] | None = None) -> VAR:
     """The transformer in an official file; the arguments of `load_vae`."""
-    weights = network_weights(contents, "transformer", source)
-    sizes = _sizes(transformer_sizes, weights, source)
-    if sizes["attn_l2_norm"]:
-        sizes["heads"] = weights["blocks.0.attn.scale_mul_1H11"].shape[1]
-    patch_nums = _known_patch_nums(weights, source, patch_nums)
-    parameters = {name: tensor for name, tensor in weights.items() if name not in (LEVELS, MASK)}
-    var = rebuild({"kind": "var", "patch_nums": patch_nums, **sizes}, parameters, repr(source))
+    var = rebuild(*read_var(contents, source, patch_nums), repr(source))
     assert isinstance(var, VAR)
     return var
+
+
+def read_var(
+    contents: Mapping[str, Any], source: str, patch_nums: Sequence[int] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description (see `describe`) and weights of the transformer in an official file; the arguments of `load_vae`."""
+    weights = network_weights(contents, "transformer", source)
+    description = {"kind": "var"} | _sizes(transformer_sizes, weights, source)
+    description["patch_nums"] = list(_known_patch_nums(weights, source, patch_nums))
+    description["heads"] = max(description["width"] // 64, 1)
+    if description["attn_l2_norm"]:
+        description["heads"] = weights["blocks.0.attn.scale_mul_1H11"].shape[1]
+    return description, {name: tensor for name, tensor in weights.items() if name not in (LEVELS, MASK)}
 
 
 def export_var_checkpoint(
@@ -149,9 +156,10 @@ def export_var_checkpoint(
                 f"heads must be width / 64 = {var.width / 64:g} in a file of official VAR without cosine attention, "
                 f"got {var.heads}"
             )
-        _save(_official_var(var), var_path)
     _warn_of_fixed_sizes(vae)
     _save(_official_vae(vae), vae_path)
+    if var is not None and var_path is not None:
+        _save(_official_var(var), var_path)
 
 
 def is_official(contents: Mapping[str, Any]) -> bool:

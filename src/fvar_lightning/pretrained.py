@@ -1,0 +1,197 @@
+"""A student with its structure tokenizer in one file (safetensors) or one folder (as on the Hugging Face hub).
+
+The file holds the weights and, as metadata, the configuration: both networks' descriptions, the class names, the
+defaults of `generate`. The folder holds the file and the configuration once more, for people: ``config.json`` counts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fvar_lightning.describe import describe, rebuild
+from fvar_lightning.files import replacing
+from fvar_lightning.sampling import check_models
+from fvar_lightning.tokenizer.vqvae import VQVAE
+from fvar_lightning.transformer.var import VAR
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SAMPLING = ("guidance", "top_k", "top_p", "more_smooth")
+
+
+class ModelInfo(NamedTuple):
+    """What a user of a model needs beside the networks."""
+
+    class_names: list[str]
+    """Name of every label."""
+    sampling: dict[str, Any]
+    """Arguments of `generate` that suit the model: guidance, top_k, top_p, more_smooth."""
+
+
+class Pretrained(NamedTuple):
+    """A model to generate with: ``generate(var, vae, labels, **info.sampling)``."""
+
+    var: VAR
+    vae: VQVAE
+    info: ModelInfo
+
+
+def save_pretrained(
+    folder: str | Path,
+    var: VAR,
+    vae: VQVAE,
+    *,
+    class_names: Sequence[str] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``model.safetensors`` and ``config.json``: everything a user of the model needs.
+
+    Args:
+        folder: is made if it does not exist.
+        var: the student.
+        vae: its structure tokenizer.
+        class_names: name of every label; None: its number.
+        sampling: arguments for `generate` that suit the model, of guidance, top_k, top_p and more_smooth.
+
+    Raises:
+        ValueError: if the networks do not fit each other, or the names or arguments do not fit them.
+        ImportError: if safetensors is not installed.
+    """
+    config = _config(var, vae, class_names, sampling)
+    _write(Path(folder) / WEIGHTS, var, vae, config)
+    with replacing(Path(folder) / CONFIG) as beside:
+        beside.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_safetensors(
+    path: str | Path,
+    var: VAR,
+    vae: VQVAE,
+    *,
+    class_names: Sequence[str] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one safetensors file, the configuration inside; arguments and errors of `save_pretrained`."""
+    _write(Path(path), var, vae, _config(var, vae, class_names, sampling))
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None) -> Pretrained:
+    """Read what `save_pretrained` or `save_safetensors` wrote: on the CPU, in evaluation mode, the tokenizer frozen.
+
+    Args:
+        name: the folder, the file (``*.safetensors``), or a repository on the Hugging Face hub (``owner/name``).
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        ValueError: if there is no such folder, file or repository, or it holds something else; the message says what.
+        ImportError: if safetensors, or for a repository huggingface_hub, is not installed.
+    """
+    config, weights = read_pretrained(name, revision=revision)
+    try:
+        kinds = config["var"]["kind"], config["vae"]["kind"]
+        info = ModelInfo(list(config["class_names"]), dict(config["sampling"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the configuration of {str(name)!r} lacks {error}") from error
+    if kinds != ("var", "structure"):
+        raise ValueError(f"{str(name)!r} must describe a var and its structure tokenizer, got {kinds}")
+    var, vae = (rebuild(config[part], part_of(weights, part), f"{part} in {str(name)!r}") for part in ("var", "vae"))
+    assert isinstance(var, VAR)
+    assert isinstance(vae, VQVAE)
+    _config(var, vae, *info)
+    return Pretrained(var, vae.requires_grad_(False), info)
+
+
+def read_pretrained(name: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights (names begin ``var.`` or ``vae.``); arguments and errors of `from_pretrained`."""
+    path = Path(name)
+    if path.is_dir():
+        file, beside = path / WEIGHTS, path / CONFIG
+        if not file.is_file() or not beside.is_file():
+            raise ValueError(f"folder {str(name)!r} must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes them")
+    elif path.suffix == ".safetensors":
+        file, beside = path, None
+        if not path.is_file():
+            raise ValueError(f"file {str(name)!r} does not exist")
+    else:
+        beside, file = (_download(str(name), wanted, revision) for wanted in (CONFIG, WEIGHTS))
+    metadata, weights = _read(file)
+    text = metadata.get("config", "null") if beside is None else beside.read_text()
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the configuration of {str(name)!r} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{str(name)!r} holds no configuration: it was not written by this library")
+    return config, weights
+
+
+def is_pretrained(name: str | Path) -> bool:
+    """Whether `name` is a local folder or file that `from_pretrained` reads."""
+    path = Path(name)
+    return path.suffix == ".safetensors" or (path / CONFIG).is_file()
+
+
+def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix` and a dot, without these."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in weights.items() if name.startswith(f"{prefix}.")}
+
+
+def _config(
+    var: VAR, vae: VQVAE, class_names: Sequence[str] | None, sampling: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    check_models(var, vae)
+    names = [str(label) for label in range(var.num_classes)] if class_names is None else list(class_names)
+    if len(names) != var.num_classes:
+        raise ValueError(f"class_names must name {var.num_classes} classes, got {len(names)}")
+    unknown = sorted(set(sampling or ()) - set(SAMPLING))
+    if unknown:
+        raise ValueError(f"sampling may hold {', '.join(SAMPLING)}, got {', '.join(unknown)}")
+    return {"vae": describe(vae), "var": describe(var), "sampling": dict(sampling or {}), "class_names": names}
+
+
+def _write(path: Path, var: VAR, vae: VQVAE, config: Mapping[str, Any]) -> None:
+    from_package = _safetensors()
+    weights = {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part, network in (("var", var), ("vae", vae))
+        for name, tensor in network.state_dict().items()
+    }
+    with replacing(path) as beside:
+        from_package.torch.save_file(weights, beside, {"format": "pt", "config": json.dumps(config)})
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from_package = _safetensors()
+    try:
+        with from_package.safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except from_package.SafetensorError as error:
+        raise ValueError(f"{str(path)!r} cannot be read as safetensors: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("safetensors files need the extra `hub`: pip install 'fvar-lightning[hub]'") from error
+    return safetensors
+
+
+def _download(repository: str, file: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError(
+            f"{repository!r} is no local folder, and the Hugging Face hub needs the extra `hub`: "
+            "pip install 'fvar-lightning[hub]'"
+        ) from error
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except Exception as error:
+        raise ValueError(
+            f"{repository!r} is neither a local folder nor a repository whose {file} can be had: "
+            f"{type(error).__name__}: {error}"
+        ) from error
