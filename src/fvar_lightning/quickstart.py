@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from fvar_lightning.checkpoints import read_checkpoint
 from fvar_lightning.cli import FVARCommandLine, configs, main
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.data.datamodule import ImageDataModule
@@ -16,6 +17,7 @@ from fvar_lightning.sampling import generate_stages
 from fvar_lightning.tasks.fvar import FVARTask
 
 STAGES = ("structure", "alias", "fvar")
+CROPS_PER_IMAGE = 4
 MAX_CLASSES = 8
 SAMPLES = 6
 
@@ -33,17 +35,26 @@ def quickstart(source: str = "photographs", output: str = "quickstart", effort: 
     if not effort > 0:
         raise ValueError(f"effort must be positive, got {effort}")
     folder = Path(output)
-    for number, stage in enumerate(STAGES, 1):
-        print(f"\n[{number}/{len(STAGES)}] training: {stage}", flush=True)
-        cli = train(stage, source, folder, effort)
+    images = [f"--data.source={source}"]
+    tokenizers = [f"--model.{kind}_tokenizer={folder / kind / 'last.ckpt'}" for kind in ("structure", "alias")]
+
+    print("\n[1/4] training the structure tokenizer", flush=True)
+    data = train("structure", folder, effort, images).datamodule
+    print("\n[2/4] training the alias tokenizer", flush=True)
+    train("alias", folder, effort, images)
+    print("\n[3/4] writing the tokens of the training images", flush=True)
+    write_tokens(folder, [*images, *tokenizers, f"--data.crops_per_image={CROPS_PER_IMAGE}"])
+    print("\n[4/4] training teacher and student", flush=True)
+    task = train("fvar", folder, effort, [f"--data.path={folder / 'tokens'}", *tokenizers]).model
+
     print("\nwriting the report", flush=True)
-    write_report(folder, cli.model, cli.datamodule)
+    write_report(folder, task, data)
     print(f"done, see {folder / 'report.md'} and")
     for picture in sorted(folder.glob("*.png")):
         print(f"  {picture}")
 
 
-def train(stage: str, source: str, folder: Path, effort: float) -> FVARCommandLine:
+def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVARCommandLine:
     """One `fvar fit` of a stage, resumed from its last checkpoint where there is one."""
     config = configs() / "quickstart" / f"{stage}.yaml"
     content = yaml.safe_load(config.read_text())
@@ -52,7 +63,7 @@ def train(stage: str, source: str, folder: Path, effort: float) -> FVARCommandLi
     args = [
         "fit",
         f"--config={config}",
-        f"--data.source={source}",
+        *arguments,
         f"--trainer.max_steps={steps}",
         f"--trainer.default_root_dir={own}",
         "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
@@ -60,18 +71,39 @@ def train(stage: str, source: str, folder: Path, effort: float) -> FVARCommandLi
         "--trainer.logger.name=logs",
         f"--trainer.callbacks.dirpath={own}",
     ]
-    if stage == "fvar":
-        args += [f"--model.{name}_tokenizer={folder / name / 'last.ckpt'}" for name in ("structure", "alias")]
-    else:
-        args += [f"--model.warmup_steps={min(content['model']['init_args']['warmup_steps'], steps // 2)}"]
+    if stage != "fvar":
+        warmup = content["model"]["init_args"]["warmup_steps"]
+        args.append(f"--model.warmup_steps={min(warmup, steps // 2)}")
     last = own / "last.ckpt"
+    done = 0
     if last.is_file():
-        args += [f"--ckpt_path={last}"]
+        done = read_checkpoint(last)["global_step"]
+        args.append(f"--ckpt_path={last}")
     start = perf_counter()
+    cli = run(args)
+    if cli.trainer.global_step > done:
+        cli.trainer.save_checkpoint(last, weights_only=False)
+        _add_seconds(folder / "seconds.json", stage, perf_counter() - start)
+    return cli
+
+
+def write_tokens(folder: Path, arguments: list[str]) -> None:
+    """The token cache of stage 2 by `fvar predict`, unless there is one that is newer than both tokenizers."""
+    index = folder / "tokens" / "index.json"
+    trained = max((folder / kind / "last.ckpt").stat().st_mtime for kind in ("structure", "alias"))
+    if index.is_file() and index.stat().st_mtime > trained:
+        return
+    start = perf_counter()
+    config = configs() / "quickstart" / "tokens.yaml"
+    writer = [f"--trainer.callbacks.folder={index.parent}", f"--trainer.default_root_dir={folder}"]
+    run(["predict", f"--config={config}", *arguments, "--data.predict=tokens", *writer])
+    _add_seconds(folder / "seconds.json", "tokens", perf_counter() - start)
+
+
+def run(args: list[str]) -> FVARCommandLine:
+    """A subcommand of `fvar` within this process."""
     cli = main(args)
     assert cli is not None
-    cli.trainer.save_checkpoint(last, weights_only=False)
-    _add_seconds(folder / "seconds.json", stage, perf_counter() - start)
     return cli
 
 

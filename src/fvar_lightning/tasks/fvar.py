@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fvar_lightning.checkpoints import load_tokenizer
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
+from fvar_lightning.data.datamodule import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
-from fvar_lightning.sampling import generate
-from fvar_lightning.tasks.sharding import shard
+from fvar_lightning.sampling import generate, generate_stages
+from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
@@ -166,8 +167,18 @@ class FVARTask(LightningModule):
             shard(self.student, self.teacher, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of another schedule."""
+        """Refuse a data module of another schedule, or of other tokens."""
         check_schedule(self, self.vae.schedule)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TokenDataModule):
+            self._check_tokens(data.train.meta)
+
+    def _check_tokens(self, meta: TokenMeta) -> None:
+        own = self.token_meta()
+        for name in ("patch_nums", "structure_vocab", "alias_vocab"):
+            cached, wanted = getattr(meta, name), getattr(own, name)
+            if cached != wanted and not (name == "alias_vocab" and wanted == 0):
+                raise ValueError(f"{name} of the token cache must be the tokenizers' {wanted}, got {cached}")
 
     def train(self, mode: bool = True) -> "FVARTask":
         """Training mode, but never for the frozen tokenizers."""
@@ -240,7 +251,13 @@ class FVARTask(LightningModule):
 
     def generate(self, labels: Tensor, **options: Any) -> Tensor:
         """Images of the labels by the student, with the task's guidance, top_k and top_p; see `generate`."""
-        return generate(self.student, self.vae, labels, **(self.sampling | options))
+        with gathered(self.student):
+            return generate(self.student, self.vae, labels, **(self.sampling | options))
+
+    def generate_stages(self, labels: Tensor, **options: Any) -> list[Tensor]:
+        """The image after every scale, S tensors (B, 3, H, W); takes what `generate` takes."""
+        with gathered(self.student):
+            return generate_stages(self.student, self.vae, labels, **(self.sampling | options))
 
     def predict_step(self, batch: SampleBatch | ImageBatch, batch_idx: int) -> Tensor | TokenBatch:
         """Images (B, 3, H, W) for a `SampleBatch`, tokens for an `ImageBatch` (token caches)."""

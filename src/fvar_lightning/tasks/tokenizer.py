@@ -158,8 +158,8 @@ class TokenizerTask(LightningModule):
         self.log_dict({"train/loss": loss, "train/pixel": pixel, "train/vq": passed.loss}, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Accumulate ``val/loss``, PSNR or SNR, and code usage."""
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, list[Tensor]]:
+        """Accumulate ``val/loss``, PSNR or SNR, and code usage; hands callbacks the ``reconstructions``."""
         passed = self._pass(batch, None)
         loss, _ = self._loss(passed)
         self.log("val/loss", loss, sync_dist=True, batch_size=len(batch.images))
@@ -167,6 +167,19 @@ class TokenizerTask(LightningModule):
         self.snr.update(passed.reconstructions, passed.targets)
         if isinstance(self.tokenizer, VQVAE):
             self.psnr.update(passed.reconstructions[0].clamp(-1, 1), passed.targets[0])
+        return {"reconstructions": passed.reconstructions}
+
+    @torch.no_grad()
+    def reconstruct(self, batch: ImageBatch) -> list[Tensor]:
+        """The structure tokenizer's image after every scale, S tensors (B, 3, H, W) in [-1, 1], without noise.
+
+        Raises:
+            ValueError: for an alias tokenizer, which has no images.
+        """
+        if not isinstance(self.tokenizer, VQVAE):
+            raise ValueError("reconstruct needs a structure tokenizer, this task's is one of alias residuals")
+        stages = self.tokenizer(self._inputs(batch, None)).stages
+        return [self.tokenizer.decode_features(f_hat).clamp(-1, 1) for f_hat in stages]
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/usage/*`` and ``val/psnr`` (structure) or ``val/snr/*`` per scale (alias), in dB."""
