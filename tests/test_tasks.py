@@ -77,7 +77,7 @@ def test_predict_writes_pictures_of_every_class(
     writer = ["--trainer.callbacks=SampleWriter", f"--trainer.callbacks.folder={tmp_path / 'samples'}"]
     main(["predict", *args, *writer, "--data.samples_per_class=3", f"--ckpt_path={stage2}", "--trainer.logger=false",
           f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
-    files = sorted(str(p.relative_to(tmp_path / "samples")) for p in (tmp_path / "samples").rglob("*.*"))
+    files = sorted(str(p.relative_to(tmp_path / "samples")) for p in (tmp_path / "samples").rglob("*.png"))
     assert files == [f"{c:04d}_{n}/{3 * c + i:06d}.png" for c, n in enumerate(["blue", "red"]) for i in range(3)]
 
 

@@ -17,7 +17,15 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
 from fvar_lightning.tokenizer.alias import AliasPass, AliasTokenizer
 from fvar_lightning.tokenizer.build import Kind, build_tokenizer
-from fvar_lightning.tokenizer.losses import pixel_loss
+from fvar_lightning.tokenizer.losses import (
+    PatchDiscriminator,
+    Perceptual,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    perceptual_loss,
+    pixel_loss,
+)
 from fvar_lightning.tokenizer.metrics import CodebookUsage, SignalToNoise
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
 
@@ -38,6 +46,11 @@ class TokenizerTask(LightningModule):
         decay, warmup_steps, revive_after: of the `Codebook`.
         l1_weight, l2_weight: of the pixel losses.
         vq_weight: of the codebook and commitment loss.
+        perceptual: network of the perceptual loss (structure), see `perceptual_loss`.
+        perceptual_weight: of the perceptual loss.
+        adversarial_weight: of the discriminator's opinion, on top of the adaptive weight; 0: none (structure).
+        adversarial_start: part of the run before the discriminator joins.
+        discriminator_ch: width of the `PatchDiscriminator`.
         scale_dropout: probability that a sample is decoded after an earlier scale, against the focus state of that
             scale, so that a partial token sequence decodes to a blurred image (structure).
         noise: standard deviation of the noise on the input at the first and the last scale (beta of the paper), in
@@ -64,6 +77,11 @@ class TokenizerTask(LightningModule):
         l1_weight: float = 0.2,
         l2_weight: float = 1.0,
         vq_weight: float = 1.0,
+        perceptual: Perceptual = "none",
+        perceptual_weight: float = 1.0,
+        adversarial_weight: float = 0.0,
+        adversarial_start: float = 0.2,
+        discriminator_ch: int = 64,
         scale_dropout: float = 0.1,
         noise: tuple[float, float] = (1e-3, 1e-2),
         optimizer: OptimizerCallable = default_optimizer,
@@ -75,6 +93,13 @@ class TokenizerTask(LightningModule):
         self.schedule = FocusSchedule.of(schedule)
         if not 0 <= scale_dropout < 1:
             raise ValueError(f"scale_dropout must lie in [0, 1), got {scale_dropout}")
+        if not 0 <= adversarial_start <= 1:
+            raise ValueError(f"adversarial_start must lie in [0, 1], got {adversarial_start}")
+        if kind == "alias" and (perceptual != "none" or adversarial_weight):
+            raise ValueError(
+                "perceptual and adversarial_weight must be 'none' and 0 for kind 'alias', whose targets are no images, "
+                f"got {perceptual!r} and {adversarial_weight}"
+            )
         if len(noise) != 2 or min(noise) < 0:
             raise ValueError(f"noise must be two standard deviations from 0, got {noise}")
         # the command line offers every task the classes, and would keep them here
@@ -82,6 +107,8 @@ class TokenizerTask(LightningModule):
         self.hparams["schedule"] = asdict(self.schedule)
         self.optimizer_factory = optimizer
         self.pixel_weights, self.vq_weight = (l1_weight, l2_weight), vq_weight
+        self.perceptual_weight = perceptual_weight
+        self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
         self.scale_dropout, self.noise, self.seed = scale_dropout, tuple(noise), seed
         self.lr_plan = lr_warmup, lr_final
         self.description: dict[str, Any] = {
@@ -101,6 +128,9 @@ class TokenizerTask(LightningModule):
         self.tokenizer = build_tokenizer(**self.description)
         # convolutions run up to three times faster on this layout
         self.tokenizer.to(memory_format=torch.channels_last)
+        # in a tuple: a frozen network is neither trained nor saved
+        self._perceptual = (perceptual_loss(perceptual),)
+        self.discriminator = PatchDiscriminator(discriminator_ch) if adversarial_weight > 0 else None
         # the last scale is sharp and has no residual
         self.scales = self.schedule.num_scales - (kind == "alias")
         self.usage = CodebookUsage(self.scales, vocab_size)
@@ -150,13 +180,39 @@ class TokenizerTask(LightningModule):
         pixel = torch.stack([pixel_loss(x, y, *self.pixel_weights) for x, y in pairs]).mean()
         return pixel + self.vq_weight * passed.loss, pixel
 
+    def on_fit_start(self) -> None:
+        """Bring the frozen network to the device."""
+        if self._perceptual[0] is not None:
+            self._perceptual[0].to(self.device)
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """One step; logs ``train/loss``, ``train/pixel`` and ``train/vq``."""
+        """One step of tokenizer and discriminator together; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         passed = self._pass(batch, batch_generator(self.device, *key))
         loss, pixel = self._loss(passed)
-        self.log_dict({"train/loss": loss, "train/pixel": pixel, "train/vq": passed.loss}, prog_bar=True)
+        terms = {"pixel": pixel, "vq": passed.loss}
+        network = self._perceptual[0]
+        if network is not None:
+            terms["perceptual"] = network(passed.reconstructions[0].clamp(-1, 1), passed.targets[0])
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        if self.discriminator is not None:
+            loss = loss + self._adversarial(self.discriminator, passed, loss, terms)
+        self.log_dict({f"train/{k}": v for k, v in {"loss": loss, **terms}.items()}, prog_bar=True)
         return loss
+
+    def _adversarial(
+        self, discriminator: PatchDiscriminator, passed: AliasPass, loss: Tensor, terms: dict[str, Tensor]
+    ) -> Tensor:
+        """Both sides of the game as one loss: neither reaches the other's weights, so one optimiser serves both."""
+        if self.global_step < self.adversarial_start * self.trainer.estimated_stepping_batches:
+            # DistributedDataParallel wants a gradient for every weight
+            return sum((0 * p.sum() for p in discriminator.parameters()), loss.new_zeros(()))
+        assert isinstance(self.tokenizer, VQVAE)
+        real, fake = passed.targets[0], passed.reconstructions[0]
+        terms["generator"] = generator_loss(discriminator, fake)
+        terms["discriminator"] = discriminator_loss(discriminator, real, fake)
+        weight = adaptive_weight(loss, terms["generator"], self.tokenizer.decoder.conv_out.weight)
+        return self.adversarial_weight * weight * terms["generator"] + terms["discriminator"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, list[Tensor]]:
         """Accumulate ``val/loss``, PSNR or SNR, and code usage; hands callbacks the ``reconstructions``."""
@@ -200,7 +256,8 @@ class TokenizerTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with a learning rate that warms up and then falls linearly."""
-        optimizer = self.optimizer_factory(parameter_groups([self.tokenizer]))
+        modules = [m for m in (self.tokenizer, self.discriminator) if m is not None]
+        optimizer = self.optimizer_factory(parameter_groups(modules))
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

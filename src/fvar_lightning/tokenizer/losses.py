@@ -1,9 +1,107 @@
-"""Losses of tokenizer training."""
+"""Losses of tokenizer training: pixels, frozen features, and a discriminator."""
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fvar_lightning.frozen import EfficientNetLite
+
+Perceptual = Literal["none", "efficientnet_lite1", "lpips"]
 
 
 def pixel_loss(reconstruction: Tensor, target: Tensor, l1: float, l2: float) -> Tensor:
     """l1 * mean |x - y| + l2 * mean (x - y)^2 over all elements, a scalar."""
     return l1 * F.l1_loss(reconstruction, target) + l2 * F.mse_loss(reconstruction, target)
+
+
+class FeatureLoss(nn.Module):
+    """Mean squared distance of unit-length features at five depths of EfficientNet-Lite1 (ImageNet, offline).
+
+    LPIPS without its learned channel weights (Zhang et al. 2018, eq. 1). The metrics use Lite0, another network.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = EfficientNetLite("lite1")
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """(B, 3, H, W) each, in [-1, 1] -> scalar."""
+        with torch.no_grad():
+            wanted = self.network.stages(target)
+        found = self.network.stages(reconstruction)
+        terms = [
+            (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()
+            for x, y in zip(found, wanted, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+
+def perceptual_loss(kind: Perceptual) -> nn.Module | None:
+    """The network a perceptual loss compares with, frozen; None for ``none``.
+
+    ``lpips`` is that of torchmetrics on VGG16, whose ImageNet weights torchvision looks for in its cache
+    (``$TORCH_HOME/hub/checkpoints/vgg16-397923af.pth``) and downloads where it may.
+
+    Raises:
+        ValueError: if `kind` is unknown, or the weights are missing and cannot be downloaded.
+    """
+    if kind == "none":
+        return None
+    if kind == "efficientnet_lite1":
+        return FeatureLoss()
+    if kind != "lpips":
+        raise ValueError(f"perceptual must be 'none', 'efficientnet_lite1' or 'lpips', got {kind!r}")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        return LearnedPerceptualImagePatchSimilarity("vgg").requires_grad_(False)
+    except OSError as error:
+        raise ValueError(
+            "perceptual 'lpips' needs torchvision's VGG16 weights: put vgg16-397923af.pth into "
+            f"{torch.hub.get_dir()}/checkpoints, or use 'efficientnet_lite1', which comes as a package ({error})"
+        ) from error
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): (B, 3, H, W) -> (B, 1, about H / 2^layers, ...) scores, high for real.
+
+    Args:
+        ch: width of the first layer, doubling with each.
+        layers: stride-2 convolutions.
+    """
+
+    def __init__(self, ch: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        body: list[nn.Module] = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers):
+            wide = ch * 2**i
+            body += [nn.Conv2d(wide // 2, wide, 4, 2, 1), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*body, nn.Conv2d(ch * 2 ** (layers - 1), 1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images)
+
+
+def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss; trains the discriminator alone."""
+    return 0.5 * (F.relu(1 - discriminator(real.detach())) + F.relu(1 + discriminator(fake.detach()))).mean()
+
+
+def generator_loss(discriminator: nn.Module, fake: Tensor) -> Tensor:
+    """Minus the mean score; reaches the images, never the discriminator's weights."""
+    fixed = {name: p.detach() for name, p in discriminator.named_parameters()}
+    return -functional_call(discriminator, fixed, fake).mean()
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, most: float = 1.0) -> Tensor:
+    """The weight that gives both losses the same gradient at the decoder's last layer, at most `most` (VQGAN, eq. 7).
+
+    Args:
+        reconstruction, adversarial: scalars that depend on `last_layer`.
+    """
+    (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (given,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (wanted.norm() / (given.norm() + 1e-6)).clamp(0, most).detach()
