@@ -6,7 +6,6 @@ Legend: B batch, S scales, L tokens of all scales, Z latent channels.
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,8 +20,9 @@ from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
-from fvar_lightning.transformer.teacher import HighFrequencyTeacher, TeacherOutput
-from fvar_lightning.transformer.var import VAR, Trace
+from fvar_lightning.transformer.losses import feature_loss, logit_loss, token_loss
+from fvar_lightning.transformer.teacher import HighFrequencyTeacher
+from fvar_lightning.transformer.var import VAR
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -212,14 +212,15 @@ class FVARTask(LightningModule):
         inputs = self.vae.var_inputs(batch.structure)
         targets = torch.cat(list(batch.structure), dim=1)
         trace = self.student.trace(labels, inputs, generator=generator)
-        terms = {"student": _cross_entropy(trace.logits, targets)}
+        terms = {"student": token_loss(trace.logits, targets)}
         terms["loss"] = terms["student"]
         if self.teacher is not None:
             alias = self._alias_source.codes(torch.cat(list(batch.alias), dim=1))
             taught = self.teacher(self.student, trace, labels, inputs, alias, generator=generator)
-            terms["teacher"] = _cross_entropy(taught.logits, targets)
-            terms["feature"] = self._feature_loss(trace, taught)
-            terms["logit"] = _divergence(taught.logits.detach(), trace.logits)
+            terms["teacher"] = token_loss(taught.logits, targets)
+            n = self.feature_blocks
+            terms["feature"] = feature_loss(trace.hidden[-n:], taught.hidden[-n:])
+            terms["logit"] = logit_loss(trace.logits, taught.logits)
             terms["loss"] = (
                 terms["student"]
                 + self.teacher_loss_weight * terms["teacher"]
@@ -227,12 +228,6 @@ class FVARTask(LightningModule):
                 + self.logit_weight * terms["logit"]
             )
         return terms
-
-    def _feature_loss(self, trace: Trace, taught: TeacherOutput) -> Tensor:
-        """Mean squared error of the last blocks' outputs, averaged over elements (eq. 12)."""
-        n = self.feature_blocks
-        pairs = zip(trace.hidden[-n:], taught.hidden[-n:], strict=True)
-        return torch.stack([F.mse_loss(s, t.detach()) for s, t in pairs]).mean()
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
         """One step; logs every term as ``train/*``."""
@@ -286,14 +281,3 @@ class FVARTask(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all tokens."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student), mean over tokens (eq. 12)."""
-    p, q = teacher.flatten(0, 1).float().log_softmax(-1), student.flatten(0, 1).float().log_softmax(-1)
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)
