@@ -20,7 +20,7 @@ ALL = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
 WHOLE = [name for name in ALL if {"data", "model"} <= set(yaml.safe_load((FOLDER / name).read_text()))]
 DATA = [name for name in ALL if name.startswith("data/")]
 BASE = "fvar_d12_256.yaml"
-OVERRIDES = [name for name in ALL if name.startswith(("ablation/", "trainer/"))]
+OVERRIDES = [name for name in ALL if name.startswith(("ablation/", "trainer/", "evaluation/"))]
 
 
 @pytest.fixture(scope="module")

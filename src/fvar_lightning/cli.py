@@ -9,11 +9,33 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
+from fvar_lightning.evaluation.callbacks import (
+    AliasMetrics,
+    GenerationMetrics,
+    ReconstructionMetrics,
+    SamplePictures,
+    TokenizerPictures,
+)
+from fvar_lightning.evaluation.extractors import EfficientNetLite0, Inception
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.writers import SampleWriter, TokenWriter
 
-COMPONENTS = (ImageDataModule, TokenDataModule, TokenizerTask, FVARTask, SampleWriter, TokenWriter)
+COMPONENTS = (
+    ImageDataModule,
+    TokenDataModule,
+    TokenizerTask,
+    FVARTask,
+    SampleWriter,
+    TokenWriter,
+    GenerationMetrics,
+    ReconstructionMetrics,
+    AliasMetrics,
+    SamplePictures,
+    TokenizerPictures,
+    EfficientNetLite0,
+    Inception,
+)
 """Classes a configuration may name without their module: importing them here is what makes the short names known."""
 
 

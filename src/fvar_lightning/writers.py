@@ -1,31 +1,127 @@
 """Callbacks that write what `fvar predict` makes: pictures, or token caches."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from PIL import Image
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fvar_lightning.data.batches import SampleBatch, TokenBatch
+from fvar_lightning.data.batches import TokenBatch
+from fvar_lightning.data.loaders import SharedLoaders
 from fvar_lightning.data.tokens import remove_tokens, write_index, write_tokens
+from fvar_lightning.evaluation.callbacks.base import (
+    Weights,
+    check_choice,
+    check_sampling,
+    progress,
+    use_raw_weights,
+)
+from fvar_lightning.evaluation.report import identify_weights, versions
+from fvar_lightning.samples import Sample, SampleFolder
 from fvar_lightning.tasks.fvar import FVARTask
+
+Output = Literal["png", "npz", "both"]
 
 
 class SampleWriter(BasePredictionWriter):
-    """Writes generated images as ``<folder>/<label>_<class>/<seed>.png``, each at once and whole.
+    """Writes generated images into a folder, each at once and whole; see `SampleFolder` for what is in it.
+
+    Started again after an interruption, a run generates what is missing, and nothing else. With other settings or
+    another checkpoint the folder is refused. Predictions are not collected in memory.
 
     Args:
-        folder: where to.
+        folder: where to; seen by all ranks.
+        output: `png`: pictures; `npz`: one file for the ADM suite, made of pictures that are removed when it is
+            complete; `both`.
+        sampling: guidance, top_k, top_p, more_smooth in the place of the task's (with ``--ckpt_path`` the checkpoint's
+            own ``--model`` arguments count, not those of the command line).
+        weights: `ema`: averaged weights where training kept them; `raw`: those of the last step.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(
+        self,
+        folder: str,
+        output: Output = "png",
+        sampling: dict[str, Any] | None = None,
+        weights: Weights = "ema",
+    ) -> None:
         super().__init__("batch")
-        self.folder = Path(folder)
+        check_choice("output", output, Output)
+        check_choice("weights", weights, Weights)
+        self.root = Path(folder)
+        self.output = output
+        self.sampling = check_sampling(sampling)
+        self.weights = weights
+        self.folder: SampleFolder | None = None
+        self.samples: list[Sample] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the data module ask which images are there; it then raises a ValueError if the folder holds others.
+
+        Raises:
+            ValueError: if the data module asks for no images.
+        """
+        if stage != "predict":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(pl_module, FVARTask) or not isinstance(data, SharedLoaders):
+            raise ValueError("SampleWriter needs a FVARTask, and an ImageDataModule or a TokenDataModule")
+        if (asked := getattr(data, "predict", "samples")) != "samples":
+            raise ValueError(f"predict of the data module must be 'samples' for a SampleWriter, got {asked!r}")
+        trainer.predict_loop.return_predictions = False
+        pl_module.sampling |= self.sampling
+        self.folder = SampleFolder(self.root, pl_module.class_names)
+        count = data.samples_per_class
+        self.samples = [Sample(i // count, data.base_seed + i) for i in range(data.num_classes * count)]
+        # not yet: the checkpoint, which the folder must fit, is loaded later
+        data.finished_seeds = lambda: self._finished_seeds(trainer, pl_module, data)
+
+    def _finished_seeds(self, trainer: Trainer, task: FVARTask, data: SharedLoaders) -> list[int]:
+        """Of the images that are there, the same on all ranks."""
+        assert self.folder is not None
+        finished: list[Sample] | str = []
+        if trainer.is_global_zero:
+            try:
+                self._claim(trainer, task, data)
+                finished = self.folder.finished(self.samples)
+            except ValueError as error:
+                finished = str(error)
+        # one rank looks, so that all share the same work; a refusal ends all of them
+        finished = trainer.strategy.broadcast(finished)
+        if isinstance(finished, str):
+            raise ValueError(finished)
+        if finished:
+            rank_zero_info(f"{len(finished)} of {len(self.samples)} images are in {self.root} already")
+        if len(finished) == len(self.samples):
+            self._complete(trainer)
+        return [sample.seed for sample in finished]
+
+    def _claim(self, trainer: Trainer, task: FVARTask, data: SharedLoaders) -> None:
+        assert self.folder is not None
+        checkpoint = identify_weights(trainer.ckpt_path, task.state_dict())
+        settings = {
+            "checkpoint_sha256": checkpoint["sha256"],
+            "weights": self.weights,
+            "sampling": task.sampling,
+            "samples_per_class": data.samples_per_class,
+            "base_seed": data.base_seed,
+            "class_names": task.class_names,
+            "image_size": task.vae.schedule.image_size,
+            "precision": str(trainer.precision),
+        }
+        seeds = "image i of a class has seed base_seed + label * samples_per_class + i"
+        self.folder.claim(settings, {"checkpoint": checkpoint["path"], "seeds": seeds, "versions": versions()})
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raw weights, if these are asked for."""
+        if self.weights == "raw" and trainer.predicting:
+            use_raw_weights(pl_module, checkpoint)
 
     def write_on_batch_end(
         self,
@@ -37,21 +133,27 @@ class SampleWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        if not isinstance(batch, SampleBatch):
-            return
-        assert isinstance(pl_module, FVARTask)
+        assert self.folder is not None
         for image, label, seed in zip(prediction, batch.labels.tolist(), batch.seeds.tolist(), strict=True):
-            folder = self.folder / f"{label:04d}_{pl_module.class_names[label]}"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_png(image, folder / f"{seed:06d}.png")
+            self.folder.write(image, Sample(label, seed))
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pack the images, if all are there and a file is asked for."""
+        trainer.strategy.barrier()
+        self._complete(trainer)
 
-def write_png(image: Tensor, path: Path) -> None:
-    """(3, H, W) in [-1, 1] -> an 8-bit PNG that is there whole or not at all."""
-    pixels = image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    beside = path.with_suffix(".partial")
-    Image.fromarray(pixels).save(beside, format="PNG")
-    os.replace(beside, path)
+    def _complete(self, trainer: Trainer) -> None:
+        assert self.folder is not None
+        if self.output == "png" or not trainer.is_global_zero:
+            return
+        if not self.folder.npz.is_file():
+            missing = len(self.samples) - len(self.folder.finished(self.samples))
+            if missing:
+                rank_zero_info(f"{missing} of {len(self.samples)} images are missing: {self.folder.npz} is not written")
+                return
+            self.folder.pack(self.samples, lambda steps: progress(trainer, steps, "Packing"))
+        if self.output == "npz":
+            self.folder.remove_pictures(self.samples)
 
 
 class TokenWriter(BasePredictionWriter):

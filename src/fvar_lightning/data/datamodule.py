@@ -1,5 +1,6 @@
 """ImageDataModule: images and their views on the training device. TokenDataModule: cached tokens."""
 
+import copy
 import warnings
 from dataclasses import replace
 from functools import cached_property
@@ -154,11 +155,20 @@ class ImageDataModule(SharedLoaders):
         """The validation images."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.predict == "samples":
             return self.sample_loader()
         train = self._data.train
         return self.eval_loader(Passes(train, len(train), self.crops_per_image))
+
+    def real_images(self, part: Literal["train", "val"]) -> Any:
+        """The images that generated ones are compared with: each of the part once, cropped as for validation."""
+        dataset = copy.copy(self._data.train if part == "train" else self._data.val)
+        if isinstance(dataset, ImageDataset):
+            dataset.transform = replace(dataset.transform, random_crop=False, flip=False)
+        else:
+            dataset.flip = False
+        return dataset
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """[uint8 pixels (B, 3, H, W), labels (B,)] -> `ImageBatch` in float32; anything else as it is."""
@@ -233,5 +243,5 @@ class TokenDataModule(SharedLoaders):
         """The validation tokens."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
         return self.sample_loader()

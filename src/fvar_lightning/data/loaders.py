@@ -1,7 +1,7 @@
 """What both data modules share: loaders that divide data among ranks and resume in the middle of an epoch."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,19 +13,32 @@ from fvar_lightning.data.sampler import Draw, EpochSampler, ResumableLoader, eve
 
 
 class SampleRequests(Dataset[SampleBatch]):
-    """Images to generate: `per_class` of every class, class by class, seeds `base_seed` + position."""
+    """Images to generate: `per_class` of every class, class by class, seeds `base_seed` + position.
 
-    def __init__(self, num_classes: int, per_class: int, base_seed: int) -> None:
-        self.num_classes = num_classes
+    Args:
+        num_classes: of the labels.
+        per_class: images of every class.
+        base_seed: seed of the first.
+        finished: seeds of images that are there already, and are left out.
+        at_least: so many are asked for, if need be of the finished ones: every rank must have one.
+    """
+
+    def __init__(
+        self, num_classes: int, per_class: int, base_seed: int, finished: Collection[int] = (), at_least: int = 0
+    ) -> None:
         self.per_class = per_class
         self.base_seed = base_seed
+        done = frozenset(finished)
+        missing_first = sorted(range(num_classes * per_class), key=lambda position: base_seed + position in done)
+        missing = sum(base_seed + position not in done for position in missing_first)
+        self.positions = missing_first[: max(missing, at_least)] if missing else []
 
     def __len__(self) -> int:
-        return self.num_classes * self.per_class
+        return len(self.positions)
 
     def __getitem__(self, item: int | Draw) -> SampleBatch:
-        index = item.index if isinstance(item, Draw) else item
-        return SampleBatch(torch.tensor(index // self.per_class), torch.tensor(self.base_seed + index))
+        position = self.positions[item.index if isinstance(item, Draw) else item]
+        return SampleBatch(torch.tensor(position // self.per_class), torch.tensor(self.base_seed + position))
 
 
 class Passes(Dataset[Any]):
@@ -68,6 +81,9 @@ class SharedLoaders(LightningDataModule):
         self.seed = seed
         self.samples_per_class = samples_per_class
         self.base_seed = base_seed
+        self.finished_seeds: Callable[[], Collection[int]] = tuple
+        """Seeds of images that `predict` leaves out: those there already (`SampleWriter` knows, once weights are
+        loaded)."""
 
     @property
     def class_names(self) -> list[str]:
@@ -123,6 +139,13 @@ class SharedLoaders(LightningDataModule):
         sampler = EpochSampler(dataset, shuffle=False, **ranks)
         return DataLoader(dataset, batch_size=size, sampler=sampler, **self._options(collate))
 
-    def sample_loader(self) -> DataLoader:
-        """`SampleBatch`es: `samples_per_class` of every class."""
-        return self.eval_loader(SampleRequests(self.num_classes, self.samples_per_class, self.base_seed))
+    def sample_loader(self) -> DataLoader | list[DataLoader]:
+        """`SampleBatch`es: `samples_per_class` of every class, less those finished; no loader if none are left."""
+        requests = SampleRequests(
+            self.num_classes,
+            self.samples_per_class,
+            self.base_seed,
+            finished=self.finished_seeds(),
+            at_least=self._ranks["num_replicas"],
+        )
+        return self.eval_loader(requests) if len(requests) else []

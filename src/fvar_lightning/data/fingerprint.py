@@ -1,0 +1,51 @@
+"""fingerprint(): a name for the images of a data set that changes when they do, to cache what is computed of them."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from fvar_lightning.data.datasets import FolderDataset, ImageDataset, TorchvisionDataset
+from fvar_lightning.data.photographs import PhotographDataset
+
+
+def fingerprint(dataset: ImageDataset | PhotographDataset) -> str:
+    """16 hexadecimal digits.
+
+    Of a folder they depend on path (below the folder), size and time of change of every file, not on the folder's own
+    place; of a torchvision data set, whose contents are fixed, on its name, part and labels; of all on the crop.
+
+    Raises:
+        ValueError: for a data set of another kind.
+    """
+    digest = hashlib.sha256()
+    for piece in _pieces(dataset):
+        digest.update(piece)
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _pieces(dataset: Any) -> Iterator[bytes]:
+    if isinstance(dataset, PhotographDataset):
+        settings = [dataset.size, dataset.crops_per_photograph, dataset.flip, dataset.seed, dataset.validation]
+        yield f"photographs {settings} scikit-image {version('scikit-image')}".encode()
+        return
+    if not isinstance(dataset, FolderDataset | TorchvisionDataset):
+        raise ValueError(f"dataset must be one of ImageDataModule, got {type(dataset).__name__}")
+    yield repr(dataset.transform).encode()
+    if isinstance(dataset, FolderDataset):
+        root = os.fsencode(dataset.images.root)
+        for file in dataset.images.files:
+            entry = os.stat(os.path.join(root, file))
+            yield file
+            yield f"{entry.st_size} {entry.st_mtime_ns}".encode()
+    else:
+        wrapped: Any = dataset.wrapped
+        parts = [getattr(wrapped, name, None) for name in ("train", "split")]
+        yield f"{type(wrapped).__name__} {parts} {len(wrapped)}".encode()
+        yield np.ascontiguousarray(dataset.indices).tobytes()
+        labels = getattr(wrapped, "targets", None)
+        yield np.asarray(getattr(wrapped, "labels", ()) if labels is None else labels).tobytes()

@@ -1,0 +1,250 @@
+"""StudentEvaluation: when callbacks generate images in validation and test, with which weights, and shared how."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from fvar_lightning.tasks.fvar import FVARTask
+
+T = TypeVar("T")
+Weights = Literal["ema", "raw"]
+
+
+def use_raw_weights(task: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Put the weights of the last step in the place of those `EMAWeightAveraging` averaged, if the checkpoint has both.
+
+    For `on_load_checkpoint`, which comes after the averaged ones were loaded.
+    """
+    if "current_model_state" in checkpoint:
+        task.load_state_dict(checkpoint["current_model_state"])
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Refuse a value that is not one of a `Literal`'s."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
+
+
+def check_sampling(sampling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of the options that replace the task's.
+
+    Raises:
+        ValueError: naming those that sampling does not have.
+    """
+    known = {"guidance", "top_k", "top_p", "more_smooth"}
+    unknown = sorted(set(sampling or ()) - known)
+    if unknown:
+        raise ValueError(f"sampling may hold {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return dict(sampling or {})
+
+
+class StudentEvaluation(Callback):
+    """Base of what is done with images that the student generates.
+
+    With weights `ema` they are generated at the last batch of the loop: `EMAWeightAveraging` has put the average in
+    place before the first and takes it away after the last, so the order of the callbacks does not matter. With `raw`
+    they are generated before the loop, of the weights training goes on with; outside of `fit`, the raw weights of the
+    checkpoint are loaded for the whole run. Where training keeps no average, both are the same.
+
+    Image i of N has label floor(i C / N) of C classes (equally many of each if C divides N) and seed `base_seed` + i:
+    it is the same however many ranks share the work, and the same as that of `fvar predict`. Global random states are
+    left as they were, also by the data loaders.
+
+    Args:
+        num_samples: N.
+        batch_size: images generated at once on a device.
+        base_seed: seed of the first image.
+        sampling: guidance, top_k, top_p, more_smooth in the place of the task's.
+        weights: `ema` or `raw`.
+        every_n_validations: of `fit`; `validate` and `test` always do it.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int = 32,
+        base_seed: int = 0,
+        sampling: dict[str, Any] | None = None,
+        weights: Weights = "ema",
+        every_n_validations: int = 1,
+    ) -> None:
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("batch_size", batch_size, 1),
+            ("base_seed", base_seed, 0),
+            ("every_n_validations", every_n_validations, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_choice("weights", weights, Weights)
+        self.num_samples, self.batch_size, self.base_seed = num_samples, batch_size, base_seed
+        self.sampling = check_sampling(sampling)
+        self.weights = weights
+        self.every_n_validations = every_n_validations
+        self.validations = 0
+        self.active = self.finished = False
+
+    # What subclasses do
+
+    def prepare(self, trainer: Trainer, task: FVARTask, stage: str) -> None:
+        """At the beginning of the run: checks that would be late after hours of training."""
+
+    def begin(self, trainer: Trainer, task: FVARTask) -> None:
+        """Before the first batch."""
+
+    def observe(self, trainer: Trainer, task: FVARTask, batch: Any, batch_idx: int) -> None:
+        """Every batch of the loop."""
+
+    def generate(self, trainer: Trainer, task: FVARTask) -> None:
+        """With the weights to be judged in place."""
+        raise NotImplementedError
+
+    def figures(self, trainer: Trainer, task: FVARTask) -> dict[str, float]:
+        """After the last batch: what is logged, under ``val/`` or ``test/``; the same on all ranks."""
+        return {}
+
+    # When they do it
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse another task."""
+        if stage == "predict":
+            return
+        if not isinstance(pl_module, FVARTask):
+            raise ValueError(f"{type(self).__name__} needs a FVARTask, got {type(pl_module).__name__}")
+        self.finished = False
+        self.prepare(trainer, pl_module, stage)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Outside of `fit`: raw weights, if these are asked for."""
+        if self.weights == "raw" and not _fitting(trainer):
+            use_raw_weights(pl_module, checkpoint)
+
+    def _start(self, trainer: Trainer, task: LightningModule) -> None:
+        assert isinstance(task, FVARTask)
+        self.active = not trainer.sanity_checking
+        if self.active and _fitting(trainer):
+            self.active = self.validations % self.every_n_validations == 0
+            self.validations += 1
+        if self.active:
+            self.begin(trainer, task)
+            if self._before_the_loop(trainer):
+                self._generate(trainer, task)
+
+    def _batch(self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        if not self.active:
+            return
+        assert isinstance(task, FVARTask)
+        self.observe(trainer, task, batch, batch_idx)
+        if not is_last_batch(trainer, batch_idx, dataloader_idx):
+            return
+        if not self._before_the_loop(trainer):
+            self._generate(trainer, task)
+        with isolate_rng(include_cuda=False):
+            values = self.figures(trainer, task)
+        prefix = "test" if trainer.testing else "val"
+        task.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True, batch_size=1)
+        self.finished = True
+
+    def _before_the_loop(self, trainer: Trainer) -> bool:
+        return self.weights == "raw" and _fitting(trainer)
+
+    def _generate(self, trainer: Trainer, task: FVARTask) -> None:
+        with isolate_rng(include_cuda=False), trainer.precision_plugin.forward_context():
+            self.generate(trainer, task)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to end `validate` or `test` without figures."""
+        if stage in ("validate", "test") and not self.finished:
+            raise ValueError(
+                f"{type(self).__name__} had no batch to run at: the data module has no {stage} data "
+                "(val_fraction of ImageDataModule, val_path of TokenDataModule)"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations = state_dict["validations"]
+
+    # The images
+
+    def label(self, index: int, num_classes: int) -> int:
+        """Class of an image."""
+        return index * num_classes // self.num_samples
+
+    def samples(self, trainer: Trainer, task: FVARTask) -> Iterator[Tensor]:
+        """This rank's share, (B, 3, H, W) in [-1, 1].
+
+        All ranks yield equally often, as sharded weights need; B may be 0.
+        """
+        ranks, rank = trainer.world_size, trainer.global_rank
+        mine = range(rank, self.num_samples, ranks)
+        shares = -(-self.num_samples // ranks)
+        for start in progress(trainer, range(0, shares, self.batch_size), "Generating"):
+            part = list(mine[start : start + self.batch_size])
+            made = part or [0]
+            labels = torch.tensor([self.label(i, task.student.num_classes) for i in made], device=task.device)
+            images = task.generate(labels, seeds=[self.base_seed + i for i in made], **self.sampling)
+            yield images[: len(part)].float()
+
+
+def is_last_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+    """Whether a loop of validation or test ends with this batch."""
+    batches = num_batches(trainer)
+    return dataloader_idx + 1 == len(batches) and batch_idx + 1 == batches[dataloader_idx]
+
+
+def num_batches(trainer: Trainer) -> list[int | float]:
+    """Batches of every loader of the running validation or test, on a rank."""
+    if trainer.testing:
+        return trainer.num_test_batches
+    return trainer.num_val_batches
+
+
+def _fitting(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING
+
+
+def progress(trainer: Trainer, steps: Iterable[T], description: str) -> Iterable[T]:
+    """The steps, with a bar of their own where the trainer has one."""
+    bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
+    return tqdm(steps, description, leave=False, disable=not bar)

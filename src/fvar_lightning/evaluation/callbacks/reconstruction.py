@@ -1,0 +1,192 @@
+"""ReconstructionMetrics: how near a structure tokenizer's images come to the originals, and what they lose."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.image import StructuralSimilarityIndexMeasure
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+from fvar_lightning.evaluation.alias import decibel
+from fvar_lightning.evaluation.callbacks.alias import spectra_picture
+from fvar_lightning.evaluation.callbacks.base import is_last_batch
+from fvar_lightning.evaluation.callbacks.loggers import log_pictures
+from fvar_lightning.evaluation.extractors import EfficientNetLite0, FeatureExtractor, to_uint8
+from fvar_lightning.evaluation.generation import frechet_distance
+from fvar_lightning.evaluation.spectra import GridArtifact, RadialSpectrumDistance
+from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics
+from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tokenizer.vqvae import VQVAE
+
+Network = Literal["alex", "vgg", "squeeze"]
+WEIGHTS: dict[Network, str] = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+"""Files of torchvision that LPIPS is computed with."""
+
+
+class ReconstructionMetrics(Callback):
+    """Figures of the reconstructions of every validation and test image, under ``val/`` or ``test/``.
+
+    - ``ssim``; ``lpips`` where its network's weights are on this machine (a warning says so where not)
+    - ``fd_<extractor>``: Frechet distance of the reconstructions to the originals ("rFID", if it is Inception's)
+    - ``high_band``: power in 0.25..0.5 cycles per pixel, reconstructed over original, in dB; negative: detail is lost
+    - ``spectrum/*``: `RadialSpectrumDistance`, with a picture; ``grid/*``: `GridArtifact`, both in dB
+
+    PSNR is logged by the task. The networks are no part of the task and in no checkpoint.
+
+    Args:
+        extractor: makes the extractor.
+        lpips: network of LPIPS, from torch's hub folder; None for none.
+    """
+
+    def __init__(
+        self, extractor: Callable[[], FeatureExtractor] = EfficientNetLite0, lpips: Network | None = "alex"
+    ) -> None:
+        if lpips is not None and lpips not in WEIGHTS:
+            raise ValueError(f"lpips must be one of {tuple(WEIGHTS)} or None, got {lpips!r}")
+        self.make_extractor = extractor
+        self.network = lpips
+        self.extractor: FeatureExtractor | None = None
+        self.lpips: Metric | None = None
+        self.metrics: dict[str, Any] = {}
+        self.originals: Statistics | None = None
+        """The originals are the same in every validation of a run."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the networks.
+
+        Raises:
+            ValueError: for a task without a structure tokenizer.
+        """
+        if not isinstance(pl_module, TokenizerTask) or not isinstance(pl_module.tokenizer, VQVAE):
+            raise ValueError("ReconstructionMetrics needs a TokenizerTask of a structure tokenizer")
+        self.originals = None
+        if self.extractor is None:
+            self.extractor = self.make_extractor()
+        if self.lpips is None and self.network is not None:
+            self.lpips = local_lpips(self.network)
+
+    def _begin(self, trainer: Trainer, task: LightningModule) -> None:
+        assert isinstance(task, TokenizerTask)
+        assert self.extractor is not None
+        size, stride = task.schedule.image_size, task.schedule.patch_size
+        statistics = functools.partial(
+            FeatureStatistics, self.extractor.name, self.extractor.num_features, size, keep_features=False
+        )
+        self.metrics = {
+            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0),
+            "spectrum": RadialSpectrumDistance(size),
+            "grid/reconstructed": GridArtifact(stride, size),
+            "grid/original": GridArtifact(stride, size),
+            "reconstructed": statistics(),
+            "original": statistics(),
+        }
+        if self.lpips is not None:
+            self.lpips.reset()
+            self.metrics["lpips"] = self.lpips
+        for metric in (*self.metrics.values(), self.extractor):
+            metric.to(task.device)
+
+    @torch.no_grad()
+    def _batch(
+        self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        if trainer.sanity_checking:
+            return
+        assert self.extractor is not None
+        true, made = batch.images.float(), outputs["reconstructions"][0].detach().float().clamp(-1, 1)
+        self.metrics["ssim"].update((made + 1) / 2, (true + 1) / 2)
+        if "lpips" in self.metrics:
+            self.metrics["lpips"].update(made, true)
+        for images, name in ((made, "reconstructed"), (true, "original")):
+            self.metrics["spectrum"].update(images, real=name == "original")
+            self.metrics[f"grid/{name}"].update(images)
+            if name == "reconstructed" or self.originals is None:
+                self.metrics[name].update(self.extractor(to_uint8(images)).features)
+        if is_last_batch(trainer, batch_idx, dataloader_idx):
+            prefix = "test" if trainer.testing else "val"
+            values = {f"{prefix}/{name}": value for name, value in self._figures(trainer).items()}
+            task.log_dict(values, sync_dist=True, batch_size=1)
+
+    def _figures(self, trainer: Trainer) -> dict[str, float]:
+        """Over all ranks."""
+        metrics = self.metrics
+        spectrum = metrics["spectrum"]
+        values = {f"spectrum/{name}": value for name, value in spectrum.compute().items()}
+        values |= {name: metrics[name].compute() for name in metrics if name in ("ssim", "lpips") or "grid/" in name}
+        values["high_band"] = high_band_ratio(spectrum)
+        made = metrics["reconstructed"].compute()
+        if self.originals is None:
+            self.originals = metrics["original"].compute()
+        values[f"{'fid' if made.extractor == 'inception' else 'fd'}_{made.extractor}"] = frechet_distance(
+            made, self.originals
+        )
+        if made.count <= len(made.mean):
+            rank_zero_warn(
+                f"{made.count} images for {len(made.mean)} features of {made.extractor}: the Frechet distance of the "
+                "reconstructions is strongly biased; compare it with nothing of another number of images"
+            )
+        log_pictures(trainer, {"spectrum": spectra_picture(spectrum, "reconstructed")})
+        return {name: float(value) for name, value in values.items()}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._batch(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._batch(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+
+def high_band_ratio(spectrum: RadialSpectrumDistance) -> Tensor:
+    """Power in 0.25..0.5 cycles per pixel, generated (or reconstructed) over real, in dB. All ranks must call it.
+
+    The mean power of ring k stands for 2 pi k frequencies.
+    """
+    with spectrum.sync_context():
+        generated, real = spectrum.power / spectrum.count[:, None]
+    k = torch.arange(1, len(real) + 1, device=real.device)
+    band = k * (k >= spectrum.image_size / 4)
+    return decibel((band * generated).sum() / (band * real).sum())
+
+
+def local_lpips(network: Network) -> Metric | None:
+    """LPIPS of torchmetrics if the network's weights need no download; otherwise None and a warning that tells how."""
+    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS[network])
+    if not path.is_file():
+        rank_zero_warn(
+            f"LPIPS is off: the weights of {network} are not at {path}. "
+            f"Fetch https://download.pytorch.org/models/{path.name} and put it there"
+        )
+        return None
+    return LearnedPerceptualImagePatchSimilarity(net_type=network)

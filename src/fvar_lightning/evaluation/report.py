@@ -1,0 +1,62 @@
+"""What makes a figure traceable: the hash of the checkpoint, the versions, and a JSON file that holds them."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvar_lightning.files import replacing
+
+PACKAGES = ("fvar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "torch-fidelity", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file, or of the names and contents of all files in a folder (sharded checkpoints)."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return _stream_sha256(file)
+    whole = hashlib.sha256()
+    for part in sorted(p for p in path.rglob("*") if p.is_file()):
+        whole.update(f"{part.relative_to(path).as_posix()} {file_sha256(part)}\n".encode())
+    return whole.hexdigest()
+
+
+def _stream_sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 of names, shapes and values of weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identify_weights(path: str | Path | None, state: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """``path`` and ``sha256`` of a checkpoint; without one (None), path None and the hash of the weights in memory."""
+    if path is None:
+        return {"path": None, "sha256": weights_sha256(state)}
+    return {"path": str(path), "sha256": file_sha256(path)}
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write, atomically; folders are made."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n")
