@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvar_lightning.focus import refocused
+from fvar_lightning.guidance import ramp
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.layers import KVCache
 from fvar_lightning.transformer.var import VAR, Condition
 
 Revise = Callable[[int, Tensor, Tensor], Tensor]
-"""(scale, f_hat (B, Z, h, w) before it, sampled tokens (B, l)) -> the tokens to use."""
+"""(scale, f_hat (B, Z, h, w) before it, sampled tokens (B, l)) -> tokens (B, l) to force, -1 where to leave it be."""
 
 
 def check_models(var: VAR, vae: VQVAE) -> None:
@@ -34,10 +36,7 @@ def guidance_scales(guidance: float | Sequence[float], num_scales: int) -> list[
     Raises:
         ValueError: for a negative or infinite strength, or a sequence that has not S entries.
     """
-    if isinstance(guidance, int | float):
-        strengths = [guidance * s / max(num_scales - 1, 1) for s in range(num_scales)]
-    else:
-        strengths = [float(t) for t in guidance]
+    strengths = ramp(guidance, num_scales) if isinstance(guidance, int | float) else [float(t) for t in guidance]
     if len(strengths) != num_scales or not all(0 <= t < float("inf") for t in strengths):
         raise ValueError(
             f"guidance must be a finite number from 0, or one for each of the {num_scales} scales, got {guidance!r}"
@@ -75,15 +74,20 @@ class Noise:
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """(B, l, V) logits with all but the `top_k` best, and of these all but the `top_p` mass, at minus infinity."""
+    """(B, l, V) logits with all but the `top_k` best, and of these all but the `top_p` mass, at minus infinity.
+
+    Logits that equal the last one kept stay too, as in official VAR: at half precision there are many.
+    """
+    if top_k == 0 and top_p == 0:
+        return logits
     vocab = logits.shape[-1]
-    best, order = logits.topk(min(top_k, vocab) if top_k > 0 else vocab, dim=-1)
+    best = logits.topk(min(top_k, vocab) if top_k > 0 else vocab, dim=-1, sorted=top_p > 0).values
     if top_p > 0:
-        best, order = best.flip(-1), order.flip(-1)
+        best = best.flip(-1)
         remove = best.softmax(-1).cumsum(-1) <= 1 - top_p
         remove[..., -1] = False
-        best = best.masked_fill(remove, -torch.inf)
-    return torch.full_like(logits, -torch.inf).scatter_(-1, order, best)
+        best = best.masked_fill(remove, torch.inf)
+    return logits.masked_fill(logits < best.amin(-1, keepdim=True), -torch.inf)
 
 
 def generate(
@@ -97,6 +101,7 @@ def generate(
     seeds: Sequence[int] | Tensor | None = None,
     generator: torch.Generator | None = None,
     more_smooth: bool = False,
+    focus: float = 0.0,
     revise: Revise | None = None,
 ) -> Tensor:
     """Images of the given classes, (B, 3, H, W) in [-1, 1].
@@ -106,18 +111,21 @@ def generate(
         vae: its structure tokenizer.
         labels: (B,) int64 on the models' device, 0..num_classes (num_classes: class-free).
         guidance: classifier-free guidance; a number g means g * s / (S - 1) at scale s (VAR), a sequence of S numbers
-            is taken as it is; 0 computes no unconditional half.
+            is taken as it is (`ramp`, `constant` and `interval` of `fvar_lightning.guidance` make some); 0 computes no
+            unconditional half.
         top_k: keep the k likeliest tokens, 0: all; more than V means all.
         top_p: of these, keep the likeliest that hold this probability, 0: all.
         seeds: one per image: the image is then the same alone or in any batch.
         generator: one for the whole batch; without either, torch's default generator draws.
         more_smooth: mix codes by Gumbel softmax instead of drawing one (for pictures, not for evaluation).
-        revise: may replace the sampled tokens of every scale (editing).
+        focus: blur of the image, any radius between the schedule's largest and 0, sharp; in pixels at full resolution,
+            see `fvar_lightning.focus`. The same seeds give the same image at every focus.
+        revise: may force tokens at every scale (editing); they escape `more_smooth`.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
-    *_, f_hat = sample(
+    stages = sample(
         var,
         vae,
         labels,
@@ -129,7 +137,7 @@ def generate(
         more_smooth=more_smooth,
         revise=revise,
     )
-    return _decode(vae, f_hat)
+    return _decode(vae, refocused(stages, vae.schedule, focus))
 
 
 def generate_stages(var: VAR, vae: VQVAE, labels: Tensor, **options: Any) -> list[Tensor]:
@@ -184,11 +192,13 @@ def sample(
         logits = truncate(logits.float(), top_k, top_p)
         probabilities = logits.softmax(-1)
         indices = (probabilities / noise.like(probabilities)).argmax(-1)
-        if revise is not None:
-            indices = revise(s, f_hat, indices)
         code = quantizer.code_map(indices)
         if more_smooth:
             code = _smooth_code(logits, s / max(layout.num_scales - 1, 1), noise, quantizer.codebook.embedding.weight)
+        if revise is not None:
+            forced = revise(s, f_hat, indices)
+            free = (forced < 0).view(batch, 1, *code.shape[-2:])
+            code = torch.where(free, code, quantizer.code_map(forced.clamp_min(0)))
         f_hat = quantizer.add(f_hat, code, s)
         yield f_hat
         if s + 1 < layout.num_scales:
