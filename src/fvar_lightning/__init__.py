@@ -1,8 +1,11 @@
 """Visual autoregressive modelling by next-focus prediction (FVAR, arXiv 2511.18838)."""
 
 from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
+from fvar_lightning.editing import edit
+from fvar_lightning.official import export_var_checkpoint, load_var_checkpoint
 from fvar_lightning.optics.psf import disk_psf, gaussian_psf
 from fvar_lightning.optics.refocus import Refocus
+from fvar_lightning.pretrained import from_pretrained, save_pretrained
 from fvar_lightning.sampling import generate
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
@@ -24,6 +27,11 @@ __all__ = [
     "TokenDataModule",
     "TokenizerTask",
     "disk_psf",
+    "edit",
+    "export_var_checkpoint",
+    "from_pretrained",
     "gaussian_psf",
     "generate",
+    "load_var_checkpoint",
+    "save_pretrained",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `fvar fit | validate | test | predict` (LightningCLI), and `fvar quickstart`."""
+"""The command line: `fvar fit | validate | test | predict` (LightningCLI), `fvar export` and `fvar quickstart`."""
 
 import sys
 import warnings
@@ -17,6 +17,7 @@ from fvar_lightning.evaluation.callbacks import (
     TokenizerPictures,
 )
 from fvar_lightning.evaluation.extractors import EfficientNetLite0, Inception
+from fvar_lightning.export import export
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.writers import SampleWriter, TokenWriter
@@ -80,6 +81,9 @@ def main(args: list[str] | None = None) -> FVARCommandLine | None:
         SystemExit: with status 2 if an argument is refused; the message names it.
     """
     args = sys.argv[1:] if args is None else args
+    if args[:1] == ["export"]:
+        auto_cli(export, args=args[1:], prog="fvar export")
+        return None
     if args[:1] == ["quickstart"]:
         from fvar_lightning.quickstart import quickstart
 
@@ -96,7 +100,8 @@ def main(args: list[str] | None = None) -> FVARCommandLine | None:
         parser_kwargs={
             "prog": "fvar",
             "allow_abbrev": False,
-            "epilog": "'fvar quickstart' runs all stages, small, on the photographs bundled with scikit-image.",
+            "epilog": "Also: 'fvar export' (a trained model in a form to use or publish) and 'fvar quickstart' "
+            "(all stages, small, on the photographs bundled with scikit-image), each with --help.",
         },
         save_config_kwargs={"overwrite": True},
         args=args,

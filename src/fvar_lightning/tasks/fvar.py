@@ -11,10 +11,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from fvar_lightning.checkpoints import load_tokenizer
+from fvar_lightning.checkpoints import load_initial_weights, load_tokenizer
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.datamodule import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
+from fvar_lightning.describe import describe
 from fvar_lightning.sampling import generate, generate_stages
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
@@ -43,6 +44,8 @@ class FVARTask(LightningModule):
         structure_tokenizer: checkpoint of the structure tokenizer.
         alias_tokenizer: checkpoint of the alias tokenizer; without one the alias residuals go through the structure
             tokenizer (needs targets ``view``).
+        initial_weights: start the student from these: official VAR's file, a checkpoint of this task or a pretrained
+            folder; class embeddings are new where the number of classes differs.
         num_classes: from the data module.
         class_names: from the data module.
         depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm: of the student, see `VAR`.
@@ -66,6 +69,7 @@ class FVARTask(LightningModule):
         self,
         structure_tokenizer: str,
         alias_tokenizer: str | None = None,
+        initial_weights: str | None = None,
         num_classes: int = 1000,
         class_names: list[str] | None = None,
         depth: int = 16,
@@ -132,6 +136,8 @@ class FVARTask(LightningModule):
             shared_aln=shared_aln,
             attn_l2_norm=attn_l2_norm,
         )
+        if initial_weights is not None:
+            load_initial_weights(self.student, initial_weights)
         self.teacher: HighFrequencyTeacher | None = None
         if teacher_loss_weight > 0:
             self.teacher = HighFrequencyTeacher(
@@ -179,6 +185,10 @@ class FVARTask(LightningModule):
             cached, wanted = getattr(meta, name), getattr(own, name)
             if cached != wanted and not (name == "alias_vocab" and wanted == 0):
                 raise ValueError(f"{name} of the token cache must be the tokenizers' {wanted}, got {cached}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files."""
+        checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
 
     def train(self, mode: bool = True) -> "FVARTask":
         """Training mode, but never for the frozen tokenizers."""

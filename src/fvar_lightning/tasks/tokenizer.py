@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.describe import describe
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
 from fvar_lightning.tokenizer.alias import AliasPass, AliasTokenizer
@@ -111,21 +112,19 @@ class TokenizerTask(LightningModule):
         self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
         self.scale_dropout, self.noise, self.seed = scale_dropout, tuple(noise), seed
         self.lr_plan = lr_warmup, lr_final
-        self.description: dict[str, Any] = {
-            "kind": kind,
-            "schedule": asdict(self.schedule),
-            "vocab_size": vocab_size,
-            "z_channels": z_channels,
-            "ch": ch,
-            "ch_mult": list(ch_mult),
-            "num_res_blocks": num_res_blocks,
-            "decay": decay,
-            "warmup_steps": warmup_steps,
-            "revive_after": revive_after,
-        }
-        if kind == "structure":
-            self.description["targets"] = targets
-        self.tokenizer = build_tokenizer(**self.description)
+        self.tokenizer = build_tokenizer(
+            kind,
+            self.schedule,
+            vocab_size=vocab_size,
+            z_channels=z_channels,
+            ch=ch,
+            ch_mult=ch_mult,
+            num_res_blocks=num_res_blocks,
+            decay=decay,
+            warmup_steps=warmup_steps,
+            revive_after=revive_after,
+            **({"targets": targets} if kind == "structure" else {}),
+        )
         # convolutions run up to three times faster on this layout
         self.tokenizer.to(memory_format=torch.channels_last)
         # in a tuple: a frozen network is neither trained nor saved
@@ -143,7 +142,7 @@ class TokenizerTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the tokenizer, so that stage 2 and `load_tokenizer` can."""
-        checkpoint["tokenizer"] = self.description
+        checkpoint["tokenizer"] = describe(self.tokenizer)
 
     def _inputs(self, batch: ImageBatch, generator: torch.Generator | None) -> Tensor | list[Tensor]:
         """What the structure tokenizer encodes; with noise where there is a generator."""
