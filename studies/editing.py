@@ -117,10 +117,10 @@ def measure(way: Edit, mask: str, images: Tensor, real: Statistics, extractor: E
 
 
 def validation_images(data: ImageDataModule, limit: int | None) -> Tensor:
-    """(N, 3, H, W) uint8, at most `limit` of them, evenly spaced over the classes."""
+    """(N, 3, H, W) uint8, at most `limit` of them, in an order that mixes the classes."""
     dataset: Any = cast(DataLoader, data.val_dataloader()).dataset
-    step = max(len(dataset) // limit, 1) if limit else 1
-    return torch.stack([dataset[i][0] for i in range(0, len(dataset), step)][:limit])
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.stack([dataset[i][0] for i in order[:limit]])
 
 
 def write(path: Path, contents: dict) -> None:
@@ -141,9 +141,9 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def picture(mask: str, made: dict[str, Edit], images: Tensor, path: Path) -> None:
-    """A row of every way on a few images."""
-    chosen = torch.arange(0, len(images), max(len(images) // PICTURES, 1))[:PICTURES]
-    original, seeds = to_unit_range(images[chosen]), chosen.tolist()
+    """A row of every way on the first few images."""
+    original = to_unit_range(images[:PICTURES])
+    seeds = list(range(len(original)))
     hole = torch.stack([MASKS[mask](images.shape[-1], seed) for seed in seeds])[:, None]
     rows = {"original": original, "kept": original.masked_fill(hole, 1.0)}
     rows |= {name: way(original, hole, seeds) for name, way in made.items()}
