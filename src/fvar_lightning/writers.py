@@ -16,10 +16,11 @@ from fvar_lightning.evaluation.callbacks.base import (
     Weights,
     check_choice,
     check_sampling,
+    identify_weights,
     progress,
     use_raw_weights,
 )
-from fvar_lightning.evaluation.report import identify_weights, versions
+from fvar_lightning.evaluation.report import versions
 from fvar_lightning.samples import Sample, SampleFolder
 from fvar_lightning.tasks.fvar import FVARTask
 
@@ -85,10 +86,11 @@ class SampleWriter(BasePredictionWriter):
     def _finished_seeds(self, trainer: Trainer, task: FVARTask, data: SharedLoaders) -> list[int]:
         """Of the images that are there, the same on all ranks."""
         assert self.folder is not None
+        checkpoint = identify_weights(trainer, task)
         finished: list[Sample] | str = []
         if trainer.is_global_zero:
             try:
-                self._claim(trainer, task, data)
+                self._claim(checkpoint, str(trainer.precision), task, data)
                 finished = self.folder.finished(self.samples)
             except ValueError as error:
                 finished = str(error)
@@ -102,9 +104,8 @@ class SampleWriter(BasePredictionWriter):
             self._complete(trainer)
         return [sample.seed for sample in finished]
 
-    def _claim(self, trainer: Trainer, task: FVARTask, data: SharedLoaders) -> None:
+    def _claim(self, checkpoint: dict[str, str | None], precision: str, task: FVARTask, data: SharedLoaders) -> None:
         assert self.folder is not None
-        checkpoint = identify_weights(trainer.ckpt_path, task.state_dict())
         settings = {
             "checkpoint_sha256": checkpoint["sha256"],
             "weights": self.weights,
@@ -113,7 +114,7 @@ class SampleWriter(BasePredictionWriter):
             "base_seed": data.base_seed,
             "class_names": task.class_names,
             "image_size": task.vae.schedule.image_size,
-            "precision": str(trainer.precision),
+            "precision": precision,
         }
         seeds = "image i of a class has seed base_seed + label * samples_per_class + i"
         self.folder.claim(settings, {"checkpoint": checkpoint["path"], "seeds": seeds, "versions": versions()})

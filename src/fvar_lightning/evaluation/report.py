@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fvar_lightning.files import replacing
 
@@ -41,19 +42,13 @@ def _stream_sha256(file: Any) -> str:
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Hexadecimal SHA-256 of names, shapes and values of weights."""
+    """Hexadecimal SHA-256 of names, shapes and values of weights; of sharded ones all ranks must ask."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
+        value = value.full_tensor() if isinstance(value, DTensor) else value
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def identify_weights(path: str | Path | None, state: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """``path`` and ``sha256`` of a checkpoint; without one (None), path None and the hash of the weights in memory."""
-    if path is None:
-        return {"path": None, "sha256": weights_sha256(state)}
-    return {"path": str(path), "sha256": file_sha256(path)}
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ class AliasMetrics(StudentEvaluation):
     taken as are generated, spread over the loop.
 
     Args:
-        num_samples, batch_size, base_seed, sampling, weights, every_n_validations: see `StudentEvaluation`.
+        num_samples, batch_size, base_seed, sampling, weights, every_n_epochs: see `StudentEvaluation`.
     """
 
     def __init__(self, num_samples: int = 512, **options: Any) -> None:
@@ -39,8 +39,9 @@ class AliasMetrics(StudentEvaluation):
     def generate(self, trainer: Trainer, task: FVARTask) -> None:
         """Spectra of generated images."""
         for images in self.samples(trainer, task):
-            self.spectrum.update(images, real=False)
-            self.grids["generated"].update(images)
+            if len(images):
+                self.spectrum.update(images, real=False)
+                self.grids["generated"].update(images)
 
     def observe(self, trainer: Trainer, task: FVARTask, batch: Any, batch_idx: int) -> None:
         """Spectra of real images.

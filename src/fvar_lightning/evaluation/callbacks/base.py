@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from fvar_lightning.evaluation.report import file_sha256, weights_sha256
 from fvar_lightning.tasks.fvar import FVARTask
 
 T = TypeVar("T")
@@ -24,6 +25,18 @@ def use_raw_weights(task: LightningModule, checkpoint: Mapping[str, Any]) -> Non
     """
     if "current_model_state" in checkpoint:
         task.load_state_dict(checkpoint["current_model_state"])
+
+
+def identify_weights(trainer: Trainer, task: LightningModule) -> dict[str, str | None]:
+    """``path`` and ``sha256`` of the run's checkpoint; without one, path None and the hash of the weights in memory.
+
+    All ranks must call it, once the checkpoint is loaded.
+    """
+    path = trainer.ckpt_path
+    if path is None:
+        return {"path": None, "sha256": weights_sha256(task.state_dict())}
+    sha256 = file_sha256(path) if trainer.is_global_zero else ""
+    return {"path": str(path), "sha256": trainer.strategy.broadcast(sha256)}
 
 
 def check_choice(name: str, value: str, choices: object) -> None:
@@ -63,7 +76,7 @@ class StudentEvaluation(Callback):
         base_seed: seed of the first image.
         sampling: guidance, top_k, top_p, more_smooth in the place of the task's.
         weights: `ema` or `raw`.
-        every_n_validations: of `fit`; `validate` and `test` always do it.
+        every_n_epochs: in validations during the epochs n, 2n, ... of `fit`; `validate` and `test` always do it.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -76,13 +89,13 @@ class StudentEvaluation(Callback):
         base_seed: int = 0,
         sampling: dict[str, Any] | None = None,
         weights: Weights = "ema",
-        every_n_validations: int = 1,
+        every_n_epochs: int = 1,
     ) -> None:
         for name, value, least in (
             ("num_samples", num_samples, 1),
             ("batch_size", batch_size, 1),
             ("base_seed", base_seed, 0),
-            ("every_n_validations", every_n_validations, 1),
+            ("every_n_epochs", every_n_epochs, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -90,8 +103,7 @@ class StudentEvaluation(Callback):
         self.num_samples, self.batch_size, self.base_seed = num_samples, batch_size, base_seed
         self.sampling = check_sampling(sampling)
         self.weights = weights
-        self.every_n_validations = every_n_validations
-        self.validations = 0
+        self.every_n_epochs = every_n_epochs
         self.active = self.finished = False
 
     # What subclasses do
@@ -133,8 +145,7 @@ class StudentEvaluation(Callback):
         assert isinstance(task, FVARTask)
         self.active = not trainer.sanity_checking
         if self.active and _fitting(trainer):
-            self.active = self.validations % self.every_n_validations == 0
-            self.validations += 1
+            self.active = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if self.active:
             self.begin(trainer, task)
             if self._before_the_loop(trainer):
@@ -197,13 +208,6 @@ class StudentEvaluation(Callback):
                 f"{type(self).__name__} had no batch to run at: the data module has no {stage} data "
                 "(val_fraction of ImageDataModule, val_path of TokenDataModule)"
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many validations there were."""
-        return {"validations": self.validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validations = state_dict["validations"]
 
     # The images
 

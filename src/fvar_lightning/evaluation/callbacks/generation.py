@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from fvar_lightning.evaluation.callbacks.base import StudentEvaluation, Weights, check_choice
+from fvar_lightning.evaluation.callbacks.base import StudentEvaluation, Weights, check_choice, identify_weights
 from fvar_lightning.evaluation.callbacks.real import (
     Part,
     default_cache,
@@ -21,7 +21,7 @@ from fvar_lightning.evaluation.callbacks.real import (
 )
 from fvar_lightning.evaluation.extractors import EfficientNetLite0, FeatureExtractor, to_uint8
 from fvar_lightning.evaluation.generation import Figures, generation_figures
-from fvar_lightning.evaluation.report import identify_weights, versions, write_json
+from fvar_lightning.evaluation.report import versions, write_json
 from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics
 from fvar_lightning.tasks.fvar import FVARTask
 
@@ -40,7 +40,7 @@ class GenerationMetrics(StudentEvaluation):
         reference: file to compare with instead: of `Statistics.save`, or a reference batch of the ADM suite.
         cache: folder of statistics; by default ``fvar-lightning`` in the user's cache folder.
         report: path of the JSON file; by default ``generation_<extractor>.json`` in the logger's folder.
-        batch_size, base_seed, sampling, weights, every_n_validations: see `StudentEvaluation`.
+        batch_size, base_seed, sampling, weights, every_n_epochs: see `StudentEvaluation`.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -58,9 +58,9 @@ class GenerationMetrics(StudentEvaluation):
         base_seed: int = 0,
         sampling: dict[str, Any] | None = None,
         weights: Weights = "ema",
-        every_n_validations: int = 1,
+        every_n_epochs: int = 1,
     ) -> None:
-        super().__init__(num_samples, batch_size, base_seed, sampling, weights, every_n_validations)
+        super().__init__(num_samples, batch_size, base_seed, sampling, weights, every_n_epochs)
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, got {num_samples}")
         check_choice("real", real, Part)
@@ -133,7 +133,8 @@ class GenerationMetrics(StudentEvaluation):
 
     def _write_report(self, trainer: Trainer, task: FVARTask, figures: Figures) -> None:
         assert self.extractor is not None
-        # asks all ranks
+        # these two ask all ranks
+        checkpoint = identify_weights(trainer, task)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if not trainer.is_global_zero:
             return
@@ -155,7 +156,7 @@ class GenerationMetrics(StudentEvaluation):
                 "image_size": task.vae.schedule.image_size,
                 "ranks": trainer.world_size,
             },
-            "checkpoint": identify_weights(trainer.ckpt_path, task.state_dict()),
+            "checkpoint": checkpoint,
             "versions": versions(),
             "seconds": self.seconds,
         }

@@ -25,7 +25,7 @@ class SamplePictures(StudentEvaluation):
         classes: rows, spread evenly over all classes.
         per_class: images in a row.
         side: pixels of an image in the picture.
-        base_seed, sampling, weights, every_n_validations: see `StudentEvaluation`.
+        base_seed, sampling, weights, every_n_epochs: see `StudentEvaluation`.
     """
 
     def __init__(self, classes: int = 6, per_class: int = 4, side: int = 96, **options: Any) -> None:

@@ -32,6 +32,8 @@ WEIGHTS: dict[Network, str] = {
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
 """Files of torchvision that LPIPS is computed with."""
+LPIPS_SIZE = 64
+"""Of smaller images too little reaches the networks' last layers, or nothing."""
 
 
 class ReconstructionMetrics(Callback):
@@ -74,7 +76,7 @@ class ReconstructionMetrics(Callback):
         if self.extractor is None:
             self.extractor = self.make_extractor()
         if self.lpips is None and self.network is not None:
-            self.lpips = local_lpips(self.network)
+            self.lpips = local_lpips(self.network, pl_module.schedule.image_size)
 
     def _begin(self, trainer: Trainer, task: LightningModule) -> None:
         assert isinstance(task, TokenizerTask)
@@ -180,8 +182,11 @@ def high_band_ratio(spectrum: RadialSpectrumDistance) -> Tensor:
     return decibel((band * generated).sum() / (band * real).sum())
 
 
-def local_lpips(network: Network) -> Metric | None:
+def local_lpips(network: Network, image_size: int) -> Metric | None:
     """LPIPS of torchmetrics if the network's weights need no download; otherwise None and a warning that tells how."""
+    if image_size < LPIPS_SIZE:
+        rank_zero_warn(f"LPIPS is off: it needs images of {LPIPS_SIZE} px or more, these have {image_size}")
+        return None
     path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS[network])
     if not path.is_file():
         rank_zero_warn(

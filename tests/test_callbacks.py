@@ -1,0 +1,484 @@
+"""The evaluating callbacks against plain calls, SciPy, closed forms, and themselves on two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torchvision
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
+from torch import Tensor
+
+from evaluation_worker import (
+    LAYOUT,
+    SAMPLES,
+    TinyExtractor,
+    make_data,
+    make_task,
+    make_trainer,
+    run,
+    write_tokenizers,
+)
+from fvar_lightning.evaluation.callbacks import (
+    AliasMetrics,
+    GenerationMetrics,
+    ReconstructionMetrics,
+    SamplePictures,
+    StudentEvaluation,
+    TokenizerPictures,
+    log_picture,
+)
+from fvar_lightning.evaluation.callbacks.reconstruction import local_lpips
+from fvar_lightning.evaluation.extractors import to_uint8
+from fvar_lightning.evaluation.plots import bar_chart, line_chart
+from fvar_lightning.evaluation.report import file_sha256, weights_sha256
+from fvar_lightning.evaluation.statistics import Statistics
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.tokenizer import TokenizerTask
+
+WORKER = Path(__file__).parent / "evaluation_worker.py"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
+def metrics(root: Path, **options: Any) -> GenerationMetrics:
+    defaults: dict[str, Any] = {"num_samples": SAMPLES, "extractor": TinyExtractor, "cache": str(root / "cache")}
+    return GenerationMetrics(**(defaults | options))
+
+
+def make_tokenizer_task(kind: str = "structure") -> TokenizerTask:
+    torch.manual_seed(0)
+    return TokenizerTask(FocusSchedule(**LAYOUT), kind=kind, vocab_size=8, z_channels=4, ch=8, ch_mult=(1, 1, 2),
+                         num_res_blocks=1)  # fmt: skip
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root))
+
+
+def real_features(images: Path) -> np.ndarray:
+    dataset = make_data(images).real_images("train")
+    pixels = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    return TinyExtractor()(pixels).features.double().numpy()
+
+
+# GenerationMetrics
+
+
+def test_figures_are_those_of_plain_calls(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    """Labels balanced, one seed for each image, real images as validation crops them; SciPy's matrix root."""
+    (values,) = make_trainer(tmp_path, [metrics(tmp_path, base_seed=5)]).validate(
+        make_task(tokenizers), make_data(image_folder, flip=True), verbose=False
+    )
+    task = make_task(tokenizers)
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    images = torch.cat([task.generate(labels[i : i + 1], seeds=[5 + i]) for i in range(SAMPLES)])
+    generated = TinyExtractor()(to_uint8(images)).features.double().numpy()
+    assert values["val/fd_tiny"] == pytest.approx(frechet(generated, real_features(image_folder)), rel=1e-4)
+    assert {"val/kd_tiny", "val/is_tiny", "val/precision_tiny", "val/recall_tiny"} <= set(values)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_real_images_against_themselves_and_against_noise(
+    noise: bool, tokenizers: list[str], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_data(image_folder).real_images("train")
+    images = torch.stack([dataset[i][0] for i in range(len(dataset))]).float() / 127.5 - 1
+    if noise:
+        images = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    monkeypatch.setattr(FVARTask, "generate", lambda task, labels, seeds: images[torch.tensor(seeds)])
+    callbacks = [metrics(tmp_path, num_samples=len(images)), AliasMetrics(num_samples=len(images))]
+    (values,) = make_trainer(tmp_path, callbacks).validate(
+        make_task(tokenizers), make_data(image_folder), verbose=False
+    )
+    if noise:
+        assert values["val/fd_tiny"] > 0.1
+        assert values["val/precision_tiny"] == values["val/recall_tiny"] == 0
+        assert values["val/spectrum/distance"] > 6
+    else:
+        assert values["val/fd_tiny"] == pytest.approx(0, abs=1e-9)
+        assert values["val/precision_tiny"] == values["val/recall_tiny"] == 1
+
+
+def test_report_holds_what_makes_a_figure_traceable(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [])
+    trainer.strategy.connect(make_task(tokenizers))
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    callback = metrics(tmp_path, sampling={"guidance": 2.0, "top_k": 4})
+    with pytest.warns(UserWarning, match="7 generated images for 12 features"):
+        (values,) = make_trainer(tmp_path, [callback]).test(
+            make_task(tokenizers), make_data(image_folder), ckpt_path=tmp_path / "model.ckpt", verbose=False
+        )
+    report = json.loads((tmp_path / "logs" / "version_0" / "generation_tiny.json").read_text())
+    assert report["values"]["fd_tiny"] == pytest.approx(values["test/fd_tiny"])
+    assert any("7 generated images for 12 features" in warning for warning in report["warnings"])
+    assert any("subsets of 7 images" in warning for warning in report["warnings"])
+    settings = report["settings"]
+    assert settings["samples"] == SAMPLES
+    assert settings["sampling"] == {"guidance": 2.0, "top_k": 4, "top_p": 0.96}
+    assert (settings["extractor"], settings["real_images"], settings["image_size"]) == ("tiny", 16, 16)
+    assert report["checkpoint"] == {
+        "path": str(tmp_path / "model.ckpt"),
+        "sha256": file_sha256(tmp_path / "model.ckpt"),
+    }
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert report["seconds"]["generation"] > 0
+
+
+def test_real_statistics_are_computed_once_and_again_when_the_images_change(
+    tokenizers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "images"
+    rng = np.random.default_rng(3)
+    for name in ("a", "b"):
+        (source / name).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(source / name / f"{i}.png")
+    passes: list[int] = []
+    extract = TinyExtractor.extract
+    monkeypatch.setattr(TinyExtractor, "extract", lambda self, x: passes.append(len(x)) or extract(self, x))
+
+    def seen() -> int:
+        """Images that passed the extractor in a run with a data module and callback of its own."""
+        passes.clear()
+        make_trainer(tmp_path, [metrics(tmp_path)]).validate(make_task(tokenizers), make_data(source), verbose=False)
+        return sum(passes)
+
+    assert seen() == SAMPLES + 8
+    assert seen() == SAMPLES
+    path = source / "a" / "0.png"
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    assert seen() == SAMPLES + 8
+    assert len(list((tmp_path / "cache").glob("train-*-tiny-16.npz"))) == 2
+
+
+def save_reference(path: Path, extractor: str, image_size: int) -> str:
+    values = np.random.default_rng(0).normal(size=(20, 12))
+    Statistics(extractor, torch.from_numpy(values.mean(0)), torch.from_numpy(np.cov(values.T)), 20, image_size).save(
+        path
+    )
+    return str(path)
+
+
+def test_references_of_another_kind_are_refused(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    other = save_reference(tmp_path / "other.npz", "inception", 16)
+    larger = save_reference(tmp_path / "larger.npz", "tiny", 32)
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"PK")
+    for reference, message in (
+        (other, "extractor 'inception', not 'tiny'"),
+        (larger, "image_size 32, not 16"),
+        (str(broken), "holds no feature statistics"),
+        (str(tmp_path / "none.npz"), "does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, [metrics(tmp_path, reference=reference)]).validate(
+                make_task(tokenizers), make_data(image_folder)
+            )
+
+
+def test_adm_reference_batch_gives_all_figures(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    """Frechet distance from its mu and sigma, precision and recall from its images."""
+    dataset = make_data(image_folder).real_images("train")
+    pixels = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    features = real_features(image_folder)
+    path = tmp_path / "adm.npz"
+    np.savez(path, arr_0=pixels.permute(0, 2, 3, 1).numpy(), mu=features.mean(0), sigma=np.cov(features.T))
+    named = {"extractor": lambda: TinyExtractor("inception")}
+    results = [
+        make_trainer(tmp_path, [metrics(tmp_path, **options, **named)]).validate(
+            make_task(tokenizers), make_data(image_folder), verbose=False
+        )[0]
+        for options in ({"reference": str(path)}, {})
+    ]
+    figures = [{k: v for k, v in result.items() if k.endswith("_inception")} for result in results]
+    assert {"val/fid_inception", "val/kid_inception", "val/precision_inception", "val/is_inception"} <= set(figures[0])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+def test_training_goes_on_as_if_nothing_had_been_evaluated(
+    tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    """Same weights and same global random states; nothing of the extractor in the checkpoint."""
+    states, random = [], []
+    for i, callbacks in enumerate(([], [metrics(tmp_path), AliasMetrics(8), SamplePictures(2, 1)])):
+        trainer = make_trainer(tmp_path, callbacks, max_epochs=2)
+        task = make_task(tokenizers)
+        trainer.fit(task, make_data(image_folder))
+        random.append((torch.get_rng_state(), np.random.get_state()[1]))  # noqa: NPY002 - the global one is meant
+        assert task.student.training
+        path = tmp_path / f"{i}.ckpt"
+        trainer.save_checkpoint(path)
+        states.append(torch.load(path, weights_only=True))
+    assert weights_sha256(states[0]["state_dict"]) == weights_sha256(states[1]["state_dict"])
+    assert torch.equal(random[0][0], random[1][0])
+    assert np.array_equal(random[0][1], random[1][1])
+    assert states[1]["callbacks"] == {}
+    assert states[0].keys() == states[1].keys()
+    pictures = {p.name.rsplit("-", 1)[0] for p in (tmp_path / "logs" / "version_0" / "pictures").glob("*.png")}
+    assert pictures == {"val_samples", "val_focus", "val_spectrum"}
+
+
+class Watch(StudentEvaluation):
+    """Notes the weights that images would be generated with."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(1, **options)
+        self.seen: list[Tensor] = []
+
+    def generate(self, trainer: Trainer, task: FVARTask) -> None:
+        self.seen.append(task.student.head.weight.detach().clone())
+
+
+@pytest.mark.parametrize("first", ["watch", "average"])
+def test_averaged_weights_are_judged_whatever_the_order_of_callbacks(
+    first: str, tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    average, raw = Watch(), Watch(weights="raw")
+    averaging = EMAWeightAveraging(decay=0.5, use_buffers=False)
+    watches = [average, raw]
+    callbacks = [*watches, averaging] if first == "watch" else [averaging, *watches]
+    # written while training, when raw and averaged weights still differ
+    callbacks.append(ModelCheckpoint(tmp_path, "last", every_n_train_steps=8))
+    trainer = make_trainer(tmp_path, callbacks, max_steps=8, enable_checkpointing=True)
+    trainer.fit(make_task(tokenizers), make_data(image_folder))
+    path = tmp_path / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    kept = {
+        "ema": checkpoint["state_dict"]["student.head.weight"],
+        "raw": checkpoint["current_model_state"]["student.head.weight"],
+    }
+    assert not torch.equal(kept["ema"], kept["raw"])
+    assert torch.equal(average.seen[0], kept["ema"])
+    assert torch.equal(raw.seen[0], kept["raw"])
+    assert len(average.seen) == len(raw.seen) == 1
+    for weights, expected in kept.items():
+        watch = Watch(weights=weights)
+        make_trainer(tmp_path, [watch]).validate(
+            make_task(tokenizers), make_data(image_folder), ckpt_path=path, verbose=False
+        )
+        assert torch.equal(watch.seen[0], expected)
+
+
+def test_every_n_epochs_goes_on_in_a_resumed_run(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    watch = Watch(every_n_epochs=3)
+    trainer = make_trainer(tmp_path, [watch], max_epochs=2, num_sanity_val_steps=1)
+    trainer.fit(make_task(tokenizers), make_data(image_folder))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert len(watch.seen) == 0
+    trainer = make_trainer(tmp_path, [watch], max_epochs=5, num_sanity_val_steps=1)
+    trainer.fit(make_task(tokenizers), make_data(image_folder), ckpt_path=tmp_path / "last.ckpt")
+    assert len(watch.seen) == 1, "the third"
+
+
+def test_a_run_without_data_does_not_end_without_figures(
+    tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="GenerationMetrics had no batch to run at"):
+        make_trainer(tmp_path, [metrics(tmp_path)]).test(
+            make_task(tokenizers), make_data(image_folder, val_fraction=0.0)
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GenerationMetrics(1), "num_samples must be at least 2, got 1"),
+        (lambda: GenerationMetrics(real="test"), "real must be one of .* got 'test'"),
+        (lambda: GenerationMetrics(weights="swa"), "weights must be one of .* got 'swa'"),
+        (lambda: GenerationMetrics(sampling={"cfg": 1}), "sampling may hold .* got cfg"),
+        (lambda: AliasMetrics(8, batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: SamplePictures(classes=0), "classes must be at least 1, got 0"),
+        (lambda: TokenizerPictures(side=0), "side must be at least 1, got 0"),
+        (lambda: ReconstructionMetrics(lpips="resnet"), "lpips must be one of .* got 'resnet'"),
+    ],
+)
+def test_bad_arguments_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_callbacks_refuse_the_other_task(tokenizers: list[str]) -> None:
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    for callback, task in (
+        (GenerationMetrics(), make_tokenizer_task()),
+        (TokenizerPictures(), make_task(tokenizers)),
+        (ReconstructionMetrics(), make_task(tokenizers)),
+        (ReconstructionMetrics(), make_tokenizer_task("alias")),
+    ):
+        with pytest.raises(ValueError, match=r"needs a (FVARTask|TokenizerTask)"):
+            callback.setup(trainer, task, "fit")
+
+
+# two processes
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_make_every_sample_once(
+    strategy: str, tokenizers: list[str], image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Files equal to one process's, figures too: 7 images in batches of 2 are not shared evenly."""
+    root = Path(tokenizers[0]).parent
+    one, two = root / f"one_{strategy}", root / strategy
+    run(one, image_folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(WORKER), strategy, str(image_folder), str(two)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (one, two)]
+    assert reports[1]["settings"]["ranks"] == 2
+    # the order in which features are gathered decides the subsets of the kernel distance and the score's parts
+    names = ["fd_tiny", "precision_tiny", "recall_tiny"]
+    assert [reports[1]["values"][n] for n in names] == pytest.approx([reports[0]["values"][n] for n in names], rel=1e-5)
+    assert reports[1]["settings"]["real_images"] == 16
+    files = [{p.relative_to(f): p.read_bytes() for p in (f / "samples").rglob("*.*") if p.suffix != ".json"}
+             for f in (one, two)]  # fmt: skip
+    assert len(files[0]) == 7
+    assert files[0] == files[1]
+
+
+# reconstructions
+
+
+class Fading(TokenizerTask):
+    """Reconstructs a known part of an image."""
+
+    factor = 1.0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, list[Tensor]]:
+        return {"reconstructions": [self.factor * batch.images]}
+
+    def on_validation_epoch_end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_reconstruction_figures_have_closed_forms(factor: float, image_folder: Path, tmp_path: Path) -> None:
+    """Half of every amplitude is a quarter of the power, -6.02 dB in every band, and no other grid."""
+    torch.manual_seed(0)
+    task = Fading(FocusSchedule(**LAYOUT), vocab_size=8, z_channels=4, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1)
+    task.factor = factor
+    callback = ReconstructionMetrics(TinyExtractor, lpips=None)
+    (values,) = make_trainer(tmp_path, [callback]).validate(task, make_data(image_folder), verbose=False)
+    level = 20 * np.log10(factor)
+    assert values["val/high_band"] == pytest.approx(level, abs=1e-6)
+    assert values["val/spectrum/distance"] == pytest.approx(-level, abs=1e-6)
+    assert values["val/spectrum/tilt_high"] == pytest.approx(level, abs=1e-6)
+    assert values["val/grid/reconstructed"] == pytest.approx(values["val/grid/original"])
+    if factor == 1:
+        assert values["val/ssim"] == pytest.approx(1)
+        assert values["val/fd_tiny"] == pytest.approx(0, abs=1e-6)
+    else:
+        assert values["val/ssim"] < 0.9
+        dataset = make_data(image_folder).real_images("val")
+        pixels = torch.stack([dataset[i][0] for i in range(len(dataset))])
+        made = to_uint8(factor * (pixels.float() / 127.5 - 1))
+        features = [TinyExtractor()(x).features.double().numpy() for x in (made, pixels)]
+        assert values["val/fd_tiny"] == pytest.approx(frechet(*features), rel=1e-3)
+
+
+def test_lpips_is_used_where_its_weights_are_and_says_so_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="LPIPS is off: the weights of squeeze are not at"):
+        assert local_lpips("squeeze", 64) is None
+    path = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), path)
+    with pytest.warns(UserWarning, match="LPIPS is off: it needs images of 64 px or more, these have 16"):
+        assert local_lpips("squeeze", 16) is None
+    lpips = local_lpips("squeeze", 64)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert lpips(images, images) == 0
+    assert lpips(images, -images) > 0
+
+
+def test_tokenizer_pictures_and_reconstruct(image_folder: Path, tmp_path: Path) -> None:
+    task = make_tokenizer_task()
+    trainer = make_trainer(tmp_path, [TokenizerPictures(num_images=2, side=20)])
+    trainer.validate(task, make_data(image_folder), verbose=False)
+    folder = tmp_path / "logs" / "version_0" / "pictures"
+    assert {p.name for p in folder.iterdir()} == {"val_reconstructions-0000000.png", "val_usage-0000000.png"}
+    data = make_data(image_folder)
+    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    stages = task.eval().reconstruct(batch)
+    decoded = task.tokenizer.decode_stages(task.tokenizer.encode(batch.views.focused))
+    assert len(stages) == 3
+    for ours, theirs in zip(stages, decoded, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="reconstruct needs a structure tokenizer"):
+        make_tokenizer_task("alias").reconstruct(batch)
+
+
+# loggers and plots
+
+
+def test_pictures_reach_every_kind_of_logger(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+
+    csv = CSVLogger(tmp_path, name="csv", version=0)
+    log_picture(csv, "val/a", picture, 3)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "csv/version_0/pictures/val_a-0000003.png")), pixels)
+
+    board = TensorBoardLogger(tmp_path, name="board", version=0)
+    log_picture(board, "val/a", picture, 3)
+    board.experiment.flush()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(board.log_dir)
+    events.Reload()
+    (event,) = events.Images("val/a")
+    assert (event.step, event.height, event.width) == (3, 6, 5)
+
+    calls: list[tuple[object, ...]] = []
+    wandb = WandbLogger.__new__(WandbLogger)  # the package itself need not be installed
+    wandb.log_image = lambda key, images, step: calls.append((key, images, step))
+    log_picture(wandb, "val/a", picture, 3)
+    assert calls == [("val/a", [picture], 3)]
+
+    class Other(LightningModule):
+        pass
+
+    with pytest.warns(UserWarning, match="Other gets no pictures"):
+        log_picture(Other(), "val/a", picture, 3)
+
+
+def test_bars_are_as_high_as_their_values() -> None:
+    chart = np.asarray(bar_chart({"low": 0.25, "high": 1.0}, "title"))
+    blue = (chart == (31, 119, 180)).all(-1)
+    half = chart.shape[1] // 2 + 20
+    low, high = (blue[:, part].any(1).sum() for part in (slice(None, half), slice(half, None)))
+    assert low / high == pytest.approx(0.25, abs=0.02)
+    with pytest.raises(ValueError, match="values must not be empty"):
+        bar_chart({}, "title")
+
+
+def test_curves_run_between_their_extremes() -> None:
+    chart = np.asarray(line_chart({"a": [0.0, 1.0, 2.0], "b": [2.0, 2.0, 2.0]}, "title", ("0", "1")))
+    rising = np.argwhere((chart == (31, 119, 180)).all(-1))
+    ends = [rising[rising[:, 1] == x][:, 0].mean() for x in (60, 500)]
+    slope = (ends[0] - ends[1]) / (500 - 60)
+    assert slope == pytest.approx((300 - 30 - 36) / (560 - 52 - 12), rel=0.02)
+    with pytest.raises(ValueError, match="two values or more"):
+        line_chart({"a": [1.0]}, "title", ("0", "1"))

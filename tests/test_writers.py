@@ -1,0 +1,195 @@
+"""`fvar predict`: which images are asked for, what is in the folder, and what an interrupted run makes of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation_worker import make_data, make_task, make_trainer, write_tokenizers
+from fvar_lightning.data.loaders import SampleRequests
+from fvar_lightning.evaluation.statistics import adm_images
+from fvar_lightning.samples import Sample, SampleFolder
+from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.writers import SampleWriter
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
+def predict(tokenizers: list[str], images: Path, root: Path, *, steps: float = 1.0, **options: object) -> object:
+    data = {"batch_size": 3} | {
+        key: options.pop(key) for key in ("samples_per_class", "base_seed", "batch_size") if key in options
+    }
+    writer = SampleWriter(str(root / "samples"), **options)
+    trainer = make_trainer(root, [writer], logger=False, limit_predict_batches=steps)
+    return trainer.predict(make_task(tokenizers), make_data(images, **data))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizers: list[str], image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    assert predict(tokenizers, image_folder, root, output="both") is None, "predictions are not collected"
+    return root / "samples"
+
+
+def test_requests_leave_out_what_is_finished() -> None:
+    def asked(*args: object, **options: object) -> list[tuple[int, int]]:
+        requests = SampleRequests(*args, **options)
+        return [(int(label), int(seed)) for label, seed in (requests[i] for i in range(len(requests)))]
+
+    assert asked(2, 3, 10) == [(0, 10), (0, 11), (0, 12), (1, 13), (1, 14), (1, 15)]
+    assert asked(2, 3, 10, finished=[10, 14, 99]) == [(0, 11), (0, 12), (1, 13), (1, 15)]
+    assert asked(2, 2, 0, finished=[0, 1, 2], at_least=2) == [(1, 3), (0, 0)], "every rank has one"
+    assert asked(2, 2, 0, finished=range(4), at_least=2) == []
+
+
+def test_every_image_is_the_students_own(whole: Path, tokenizers: list[str]) -> None:
+    task = make_task(tokenizers)
+    for label, name in enumerate(("0000_blue", "0001_red")):
+        for seed in range(4 * label, 4 * label + 4):
+            image = task.generate(torch.tensor([label]), seeds=[seed])[0]
+            expected = ((image.numpy().transpose(1, 2, 0) + 1) * 127.5).round()
+            stored = np.asarray(Image.open(whole / name / f"{seed:06d}.png"))
+            assert np.array_equal(stored, expected)
+    assert len(list(whole.rglob("*.png"))) == 8
+
+
+def test_the_note_tells_how_the_images_were_made(whole: Path) -> None:
+    note = json.loads((whole / "samples.json").read_text())
+    assert note["settings"]["sampling"] == {"guidance": 1.5, "top_k": 900, "top_p": 0.96}
+    assert note["settings"]["class_names"] == ["blue", "red"]
+    assert note["settings"]["samples_per_class"] == 4
+    assert len(note["settings"]["checkpoint_sha256"]) == 64
+    assert {"torch", "lightning", "fvar-lightning"} <= set(note["versions"])
+
+
+def test_npz_holds_the_pictures_with_their_labels_in_mixed_order(whole: Path) -> None:
+    packed = adm_images(whole / "samples.npz")
+    assert packed.shape == (8, 16, 16, 3)
+    assert packed.dtype == np.uint8
+    labels = np.load(whole / "samples.npz")["arr_1"]
+    pictures = {np.asarray(Image.open(p)).tobytes(): int(p.parent.name[:4]) for p in whole.rglob("*.png")}
+    assert len(pictures) == 8
+    assert [pictures[image.tobytes()] for image in packed] == labels.tolist()
+    assert {image.tobytes() for image in packed} == set(pictures)
+    assert labels.tolist() != sorted(labels.tolist()), "consecutive parts must hold all classes"
+
+
+@pytest.mark.parametrize("killed_after", [1, 5])
+def test_an_interrupted_run_goes_on_to_the_same_files(
+    killed_after: int,
+    whole: Path,
+    tokenizers: list[str],
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[Sample] = []
+    write = SampleFolder.write
+
+    def failing(folder: SampleFolder, image: torch.Tensor, sample: Sample) -> None:
+        if len(written) == killed_after:
+            raise OSError("disk gone")
+        write(folder, image, sample)
+        written.append(sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "write", failing)
+        with pytest.raises(OSError, match="disk gone"):
+            predict(tokenizers, image_folder, tmp_path, output="both")
+    # a file that a crash of the machine left torn, and one that was being written
+    torn = SampleFolder(tmp_path / "samples", ["blue", "red"]).path(written[0])
+    torn.write_bytes(torn.read_bytes()[:-5])
+    torn.with_name("000099.png.1.partial").write_bytes(b"half")
+
+    made: list[int] = []
+    generate = FVARTask.generate
+
+    def counting(task: FVARTask, labels: torch.Tensor, **options: object) -> torch.Tensor:
+        made.extend(options["seeds"].tolist())
+        return generate(task, labels, **options)
+
+    monkeypatch.setattr(FVARTask, "generate", counting)
+    predict(tokenizers, image_folder, tmp_path, output="both", batch_size=2)
+    kept = {sample.seed for sample in written[1:]}
+    assert sorted(made) == sorted(set(range(8)) - kept), "nothing is generated twice"
+    assert contents(tmp_path / "samples") == contents(whole)
+
+    made.clear()
+    predict(tokenizers, image_folder, tmp_path, output="both")
+    assert made == []
+
+
+def test_npz_alone_leaves_no_pictures(
+    whole: Path, tokenizers: list[str], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict(tokenizers, image_folder, tmp_path, output="npz", steps=1)
+    assert sorted(contents(tmp_path / "samples")) == [f"0000_blue/{i:06d}.png" for i in range(3)] + ["samples.json"]
+    predict(tokenizers, image_folder, tmp_path, output="npz")
+    found = contents(tmp_path / "samples")
+    assert sorted(found) == ["samples.json", "samples.npz"]
+    assert found == {name: data for name, data in contents(whole).items() if not name.endswith("png")}
+    monkeypatch.setattr(FVARTask, "generate", None)
+    predict(tokenizers, image_folder, tmp_path, output="npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling": {"guidance": 3.0}}, r"sampling {'guidance': 1.5, .*} instead of {'guidance': 3.0"),
+        ({"samples_per_class": 5}, "samples_per_class 4 instead of 5"),
+        ({"base_seed": 8}, "base_seed 0 instead of 8"),
+        ({"weights": "raw"}, "weights 'ema' instead of 'raw'"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(
+    change: dict[str, object], message: str, whole: Path, tokenizers: list[str], image_folder: Path
+) -> None:
+    before = contents(whole)
+    with pytest.raises(ValueError, match=message):
+        predict(tokenizers, image_folder, whole.parent, **change)
+    assert contents(whole) == before
+
+
+def test_a_folder_of_another_checkpoint_is_refused(whole: Path, tokenizers: list[str], image_folder: Path) -> None:
+    task = make_task(tokenizers)
+    task.student.head.bias.data += 1
+    writer = SampleWriter(str(whole))
+    with pytest.raises(ValueError, match="checkpoint_sha256"):
+        make_trainer(whole.parent, [writer], logger=False).predict(task, make_data(image_folder, batch_size=3))
+
+
+def test_pictures_of_unknown_origin_are_refused(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "samples" / "0000_blue" / "000000.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds images, but no samples.json"):
+        predict(tokenizers, image_folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output": "jpg"}, "output must be one of .* got 'jpg'"),
+        ({"weights": "swa"}, "weights must be one of .* got 'swa'"),
+        ({"sampling": {"cfg": 1}}, "sampling may hold guidance, .* got cfg"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SampleWriter("samples", **arguments)
+
+
+def test_class_names_make_safe_folders(tmp_path: Path) -> None:
+    folder = SampleFolder(tmp_path, ["../up", "tench, Tinca tinca"])
+    assert folder.path(Sample(0, 1)) == tmp_path / "0000_.._up" / "000001.png"
+    assert folder.path(Sample(1, 2)) == tmp_path / "0001_tench_Tinca_tinca" / "000002.png"
