@@ -1,6 +1,6 @@
-"""Run by test_distributed.py in two processes: one training step of a task, weights written by rank 0.
+"""Three training steps of a task, weights written by rank 0; test_distributed.py runs it in one and in two processes.
 
-Usage: distributed_worker.py TASK STRATEGY OUTPUT [TOKENIZER ...]
+Usage: distributed_worker.py TASK STRATEGY PRECISION OUTPUT [TOKENIZER ...]
 """
 
 import sys
@@ -56,8 +56,7 @@ def make_task(name: str, tokenizers: list[str]) -> TokenizerTask | FVARTask:
     )  # fmt: skip
 
 
-def run(name: str, strategy: str, output: Path, tokenizers: list[str]) -> None:
-    torch.set_num_threads(1)
+def run(name: str, strategy: str, precision: str, output: Path, tokenizers: list[str]) -> None:
     plan = {
         "single": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
@@ -65,7 +64,7 @@ def run(name: str, strategy: str, output: Path, tokenizers: list[str]) -> None:
                                       save_distributed_checkpoint=False),
     }[strategy]  # fmt: skip
     trainer = Trainer(
-        accelerator="cpu", precision="64-true", devices=1 if strategy == "single" else 2, strategy=plan,
+        accelerator="cpu", precision=precision, devices=1 if strategy == "single" else 2, strategy=plan,
         max_steps=3, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, default_root_dir=output.parent,
@@ -76,4 +75,4 @@ def run(name: str, strategy: str, output: Path, tokenizers: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    run(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]), sys.argv[5:])

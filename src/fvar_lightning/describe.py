@@ -32,6 +32,7 @@ def describe(network: Network) -> dict[str, Any]:
         "vocab_size": network.vocab_size,
         "z_channels": network.z_channels,
         **autoencoder_sizes(network.state_dict()),
+        "norm_groups": network.norm_groups,
         "decay": codebook.decay,
         "warmup_steps": codebook.warmup_steps,
         "revive_after": codebook.revive_after,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fvar_lightning.focus import refocused
 from fvar_lightning.guidance import ramp
+from fvar_lightning.tokenizer.codebook import exact
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.layers import KVCache
 from fvar_lightning.transformer.var import VAR, Condition
@@ -189,7 +190,7 @@ def sample(
     for s, t in enumerate(strengths):
         hidden = var.step(tokens, modulations, cache)
         logits = _guided_logits(var, hidden, condition, t) if guided else var.logits(hidden, condition)
-        logits = truncate(logits.float(), top_k, top_p)
+        logits = truncate(exact(logits), top_k, top_p)
         probabilities = logits.softmax(-1)
         indices = (probabilities / noise.like(probabilities)).argmax(-1)
         code = quantizer.code_map(indices)

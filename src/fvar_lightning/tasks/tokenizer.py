@@ -43,7 +43,7 @@ class TokenizerTask(LightningModule):
         schedule: token layout and focus states; equal to the data module's.
         kind: ``structure`` (Q_L) or ``alias`` (Q_A).
         targets: what a token map of the structure tokenizer stands for, see `VQVAE`.
-        vocab_size, z_channels, ch, ch_mult, num_res_blocks: of the network.
+        vocab_size, z_channels, ch, ch_mult, num_res_blocks, norm_groups: of the network.
         decay, warmup_steps, revive_after: of the `Codebook`.
         l1_weight, l2_weight: of the pixel losses.
         vq_weight: of the codebook and commitment loss.
@@ -72,6 +72,7 @@ class TokenizerTask(LightningModule):
         ch: int = 160,
         ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
+        norm_groups: int = 32,
         decay: float = 0.99,
         warmup_steps: int = 1000,
         revive_after: int = 200,
@@ -120,6 +121,7 @@ class TokenizerTask(LightningModule):
             ch=ch,
             ch_mult=ch_mult,
             num_res_blocks=num_res_blocks,
+            norm_groups=norm_groups,
             decay=decay,
             warmup_steps=warmup_steps,
             revive_after=revive_after,

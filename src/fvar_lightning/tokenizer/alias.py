@@ -38,7 +38,7 @@ class AliasTokenizer(nn.Module):
     Args:
         schedule: token layout.
         vocab_size: codes (paper: 512).
-        z_channels, ch, ch_mult, num_res_blocks: of the autoencoder, as in `VQVAE`.
+        z_channels, ch, ch_mult, num_res_blocks, norm_groups: of the autoencoder, as in `VQVAE`.
         momentum: weight of one batch in the running standard deviation.
         commitment: weight of the commitment loss.
         codebook: further arguments of `Codebook`.
@@ -53,6 +53,7 @@ class AliasTokenizer(nn.Module):
         ch: int = 64,
         ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 1,
+        norm_groups: int = 32,
         momentum: float = 0.01,
         commitment: float = 0.25,
         **codebook: Any,
@@ -61,10 +62,11 @@ class AliasTokenizer(nn.Module):
         check_patch_size(schedule, ch_mult)
         self.schedule = schedule
         self.z_channels = z_channels
+        self.norm_groups = norm_groups
         self.momentum, self.commitment = momentum, commitment
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
         self.codebook = Codebook(vocab_size, z_channels, **codebook)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
         self.register_buffer("variance", torch.zeros(schedule.num_scales))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
@@ -116,7 +118,7 @@ class AliasTokenizer(nn.Module):
 
     @torch.no_grad()
     def _track(self, residuals: Sequence[Tensor]) -> None:
-        variance = torch.stack([a.float().square().mean() for a in residuals])
+        variance = torch.stack([exact(a).square().mean() for a in residuals])
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(variance)
             variance /= distributed.get_world_size()

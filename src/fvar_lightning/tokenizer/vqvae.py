@@ -40,6 +40,7 @@ class VQVAE(nn.Module):
         ch: base width of the autoencoder.
         ch_mult: width of each resolution as a multiple of `ch`; its length sets the down-sampling factor.
         num_res_blocks: residual blocks per resolution.
+        norm_groups: groups of the GroupNorms (official: 32).
         num_phi: phi convolutions shared among the scales, see `MultiScaleQuantizer`.
         codebook: further arguments of `Codebook` (decay, warmup_steps, revive_after).
 
@@ -57,6 +58,7 @@ class VQVAE(nn.Module):
         ch: int = 160,
         ch_mult: Sequence[int] = VAR_CH_MULT,
         num_res_blocks: int = 2,
+        norm_groups: int = 32,
         num_phi: int | None = None,
         **codebook: Any,
     ) -> None:
@@ -67,13 +69,14 @@ class VQVAE(nn.Module):
         self.schedule = schedule
         self.targets = targets
         self.z_channels = z_channels
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.norm_groups = norm_groups
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.quantizer = MultiScaleQuantizer(
             schedule.patch_nums, Codebook(vocab_size, z_channels, **codebook), num_phi=num_phi
         )
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
 
     @property
     def vocab_size(self) -> int:
@@ -126,7 +129,9 @@ class VQVAE(nn.Module):
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
         """(B, Z, h, w) -> images (B, 3, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat))
+        # convolutions run faster on this layout
+        z = self.post_quant_conv(f_hat.contiguous(memory_format=torch.channels_last))
+        return self.decoder(z).contiguous()
 
     @torch.no_grad()
     def decode(self, indices: Sequence[Tensor]) -> Tensor:
