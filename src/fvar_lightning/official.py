@@ -271,8 +271,8 @@ def _official_var(var: VAR) -> dict[str, Tensor]:
 
 
 def _warn_of_fixed_sizes(vae: VQVAE) -> None:
-    sizes = autoencoder_sizes(vae.state_dict())
-    if (*sizes["ch_mult"], sizes["num_res_blocks"]) != (*VAR_CH_MULT, 2) or sizes["ch"] % 32:
+    sizes = autoencoder_sizes(vae.state_dict()) | {"norm_groups": vae.norm_groups}
+    if (*sizes["ch_mult"], sizes["num_res_blocks"], sizes["norm_groups"]) != (*VAR_CH_MULT, 2, 32) or sizes["ch"] % 32:
         warnings.warn(
             f"official VAR builds its tokenizer with ch_mult {VAR_CH_MULT}, num_res_blocks 2 and norms of 32 groups; "
             f"for this one its code must be changed to {sizes}",
