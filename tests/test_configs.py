@@ -88,6 +88,9 @@ def build(names: list[str], places: dict[str, str], monkeypatch: pytest.MonkeyPa
         # an ablation without an alias tokenizer must stay without
         plain = any("alias_tokenizer: null" in (FOLDER / name).read_text() for name in names)
         args += given[:1] if plain else given
+        if "initial_weights" in model["init_args"]:
+            # official weights are not at hand; test_checkpoints.py starts from small ones
+            args.append("--model.initial_weights=null")
     for method in ("fit", "predict"):
         original = getattr(Trainer, method)
         monkeypatch.setattr(Trainer, method, functools.wraps(original)(lambda *args, **kwargs: None))
