@@ -14,6 +14,7 @@ import pytest
 import scipy.linalg
 import torch
 import torchvision
+import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -30,6 +31,7 @@ from evaluation_worker import (
     run,
     write_tokenizers,
 )
+from fvar_lightning.cli import main
 from fvar_lightning.evaluation.callbacks import (
     AliasMetrics,
     GenerationMetrics,
@@ -48,6 +50,7 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 
+CONF = Path(__file__).parent / "conf"
 WORKER = Path(__file__).parent / "evaluation_worker.py"
 
 
@@ -139,6 +142,23 @@ def test_report_holds_what_makes_a_figure_traceable(tokenizers: list[str], image
     }
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
     assert report["seconds"]["generation"] > 0
+
+
+def test_protocol_from_the_command_line(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    """Short names, the offline extractor by its class path, and a configuration that comes after the model's."""
+    extractor = {"class_path": "fvar_lightning.evaluation.EfficientNetLite0"}
+    options = {"num_samples": 2, "cache": str(tmp_path / "cache"), "extractor": extractor}
+    callbacks = [{"class_path": "GenerationMetrics", "init_args": options}, {"class_path": "SamplePictures"}]
+    (tmp_path / "protocol.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": callbacks}}))
+    args = [f"--model.{kind}_tokenizer={path}" for kind, path in zip(("structure", "alias"), tokenizers, strict=True)]
+    args += [f"--data.source={image_folder}", f"--trainer.logger.save_dir={tmp_path}"]
+    args += [f"--trainer.default_root_dir={tmp_path}", "--data.schedule.max_radius=0.75"]
+    main(["test", f"--config={CONF / 'fvar.yaml'}", f"--config={tmp_path / 'protocol.yaml'}", *args])
+    (path,) = tmp_path.rglob("generation_efficientnet_lite0.json")
+    report = json.loads(path.read_text())
+    assert report["values"]["fd_efficientnet_lite0"] > 0
+    assert report["settings"]["features"] == 1280
+    assert report["checkpoint"]["path"] is None
 
 
 def test_real_statistics_are_computed_once_and_again_when_the_images_change(
@@ -329,7 +349,7 @@ def test_callbacks_refuse_the_other_task(tokenizers: list[str]) -> None:
 # two processes
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_make_every_sample_once(
     strategy: str, tokenizers: list[str], image_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -1,5 +1,6 @@
 """`fvar predict`: which images are asked for, what is in the folder, and what an interrupted run makes of it."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -174,6 +175,37 @@ def test_pictures_of_unknown_origin_are_refused(tokenizers: list[str], image_fol
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds images, but no samples.json"):
         predict(tokenizers, image_folder, tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_averaged_or_raw_weights_of_a_checkpoint(
+    weights: str, tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    """In the form that weight averaging gives a checkpoint."""
+    task = make_task(tokenizers)
+    trainer = make_trainer(tmp_path, [], logger=False)
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    checkpoint = torch.load(tmp_path / "plain.ckpt", weights_only=True)
+    checkpoint["current_model_state"] = dict(checkpoint["state_dict"])
+    name = "student.head.weight"
+    checkpoint["current_model_state"][name] = checkpoint["state_dict"][name].flip(0)
+    torch.save(checkpoint, tmp_path / "averaged.ckpt")
+    trainer = make_trainer(tmp_path, [SampleWriter(str(tmp_path / "samples"), weights=weights)], logger=False)
+    trainer.predict(
+        make_task(tokenizers), make_data(image_folder, samples_per_class=1), ckpt_path=tmp_path / "averaged.ckpt"
+    )
+    if weights == "raw":
+        task.student.head.weight.data = task.student.head.weight.data.flip(0)
+    expected = task.generate(torch.tensor([1]), seeds=[1])[0].numpy().transpose(1, 2, 0)
+    stored = np.asarray(Image.open(tmp_path / "samples" / "0001_red" / "000001.png"))
+    assert np.array_equal(stored, ((expected + 1) * 127.5).round())
+    note = json.loads((tmp_path / "samples" / "samples.json").read_text())
+    assert note["settings"]["weights"] == weights
+    assert note["checkpoint"] == str(tmp_path / "averaged.ckpt")
+    assert (
+        note["settings"]["checkpoint_sha256"] == hashlib.sha256((tmp_path / "averaged.ckpt").read_bytes()).hexdigest()
+    )
 
 
 @pytest.mark.parametrize(
