@@ -4,6 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
 from jsonargparse import auto_cli
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,6 +19,7 @@ from fvar_lightning.evaluation.callbacks import (
 )
 from fvar_lightning.evaluation.extractors import EfficientNetLite0, Inception
 from fvar_lightning.export import export
+from fvar_lightning.memory import keep_memory
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.writers import SampleWriter, TokenWriter
@@ -81,6 +83,8 @@ def main(args: list[str] | None = None) -> FVARCommandLine | None:
         SystemExit: with status 2 if an argument is refused; the message names it.
     """
     args = sys.argv[1:] if args is None else args
+    if not torch.cuda.is_available():
+        keep_memory()
     if args[:1] == ["export"]:
         auto_cli(export, args=args[1:], prog="fvar export")
         return None
