@@ -17,7 +17,7 @@ from fvar_lightning.sampling import generate_stages
 from fvar_lightning.tasks.fvar import FVARTask
 
 STAGES = ("structure", "alias", "fvar")
-CROPS_PER_IMAGE = 3
+CROPS_PER_IMAGE = 2
 MAX_CLASSES = 8
 SAMPLES = 6
 

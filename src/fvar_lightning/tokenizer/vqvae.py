@@ -129,9 +129,7 @@ class VQVAE(nn.Module):
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
         """(B, Z, h, w) -> images (B, 3, H, W), not clamped."""
-        # convolutions run faster on this layout
-        z = self.post_quant_conv(f_hat.contiguous(memory_format=torch.channels_last))
-        return self.decoder(z).contiguous()
+        return self.decoder(self.post_quant_conv(f_hat))
 
     @torch.no_grad()
     def decode(self, indices: Sequence[Tensor]) -> Tensor:
