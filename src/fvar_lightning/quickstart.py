@@ -171,7 +171,7 @@ def report_text(folder: Path, curves: dict[str, dict[str, list[tuple[int, float]
         lines += [f"![{picture}]({picture}.png)", ""]
     for stage, found in curves.items():
         lines += [
-            f"## {stage} ({seconds[stage]:.0f} s)",
+            f"## {stage} ({seconds.get(stage, 0):.0f} s)",
             "",
             "| figure | first | last | at step |",
             "|---|---|---|---|",
