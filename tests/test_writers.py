@@ -58,9 +58,10 @@ def test_every_image_is_the_students_own(whole: Path, tokenizers: list[str]) -> 
     for label, name in enumerate(("0000_blue", "0001_red")):
         for seed in range(4 * label, 4 * label + 4):
             image = task.generate(torch.tensor([label]), seeds=[seed])[0]
-            expected = ((image.numpy().transpose(1, 2, 0) + 1) * 127.5).round()
+            expected = (image.numpy().transpose(1, 2, 0) + 1) * 127.5
             stored = np.asarray(Image.open(whole / name / f"{seed:06d}.png"))
-            assert np.array_equal(stored, expected)
+            # the nearest level; made in a batch, the value itself differs by float32 rounding
+            assert np.abs(stored - expected).max() <= 0.5 + 1e-3
     assert len(list(whole.rglob("*.png"))) == 8
 
 
