@@ -171,8 +171,24 @@ def test_kernel_distance_is_unbiased_mmd():
     mean, deviation = kernel_distance(
         *(from_features(torch.tensor(f, dtype=torch.float32)) for f in (x, y)), subset_size=30
     )
-    assert mean == pytest.approx(expected, rel=1e-5)
-    assert deviation == pytest.approx(0, abs=1e-6)  # every subset is the whole set
+    assert mean == pytest.approx(expected, rel=1e-5)  # of features rounded to float32
+    assert deviation == pytest.approx(0, abs=1e-12)  # every subset is the whole set
+
+
+@pytest.mark.parametrize(("counts", "size"), [((70, 60), 30), ((40, 60), 40), ((3000, 50), 20)])
+def test_kernel_distance_of_every_subset_by_itself(counts, size):
+    """Small sets share one kernel matrix of all subsets, large ones do not: both give torch-fidelity's figures."""
+    rng = np.random.default_rng(5)
+    x, y = (rng.normal(shift, 1, size=(n, 6)).astype(np.float32) for n, shift in zip(counts, (0, 0.3), strict=True))
+    draw, off, expected = np.random.RandomState(11), ~np.eye(size, dtype=bool), []
+    for _ in range(20):
+        a, b = (f[draw.choice(len(f), size, replace=False)].astype(np.float64) for f in (x, y))
+        aa, bb, ab = ((p @ q.T / 6 + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        expected.append(aa[off].mean() + bb[off].mean() - 2 * ab.mean())
+    stats = [from_features(torch.from_numpy(f)) for f in (x, y)]
+    mean, deviation = kernel_distance(*stats, subsets=20, subset_size=size, seed=11)
+    assert mean == pytest.approx(np.mean(expected), rel=1e-11)
+    assert deviation == pytest.approx(np.std(expected), rel=1e-11)
 
 
 def test_precision_recall_by_brute_force():
