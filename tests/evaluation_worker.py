@@ -41,8 +41,9 @@ def write_tokenizers(root: Path) -> list[str]:
     """Random tokenizers whose decoder uses its input."""
     paths = []
     for kind in ("structure", "alias"):
-        description = {"kind": kind, "schedule": LAYOUT, "vocab_size": 8, "z_channels": 4, "ch": 8,
-                       "ch_mult": [1, 1, 2], "num_res_blocks": 1}  # fmt: skip
+        description = {"kind": kind, "schedule": LAYOUT, "vocab_size": 8, "z_channels": 4, "ch": 8, "num_res_blocks": 1}
+        if kind == "structure":
+            description["ch_mult"] = [1, 1, 2]
         torch.manual_seed(0)
         tokenizer = build_tokenizer(**description)
         path = root / f"{kind}.ckpt"

@@ -80,7 +80,7 @@ def rewrite(file: Path, **changes: Any) -> None:
     [
         tiny_vae(),
         tiny_vae(targets="full", decay=0.9, warmup_steps=7, revive_after=3),
-        AliasTokenizer(SCHEDULE, ch=8, ch_mult=(1, 1, 2), momentum=0.5),
+        AliasTokenizer(SCHEDULE, ch=8, num_res_blocks=2, momentum=0.5),
         tiny_var(),
         tiny_var(shared_aln=True, attn_l2_norm=False, mlp_ratio=2.5, drop_path_rate=0.3),
         tiny_vae(schedule=FocusSchedule(SIDES, patch_size=4, focus_states=3, schedule=[4.0, 1.0, 0.0])),
@@ -524,12 +524,12 @@ def test_export_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert from_pretrained(tmp_path / path).info.class_names == NAMES
     again = load_var_checkpoint(tmp_path / "var" / "vae_ch8v16z4.pth", tmp_path / "var" / "var_d2.pth")
     assert_same(again[1], var)
-    with pytest.raises(ValueError, match=r"output must end in .safetensors"):
+    with pytest.raises(ValueError, match=r"output must be a file that ends in .safetensors"):
         export(file, str(tmp_path / "one"), format="safetensors")
     with pytest.raises(ValueError, match="format must be"):
         export(file, str(tmp_path / "one"), format="onnx")  # type: ignore[arg-type]
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"is not of a FVARTask; it holds \['state_dict'\]"):
+    with pytest.raises(ValueError, match=r"is not of a FVARTask, it holds \['state_dict'\]"):
         export(str(tmp_path / "other.ckpt"), str(tmp_path / "folder"))
 
 

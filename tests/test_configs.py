@@ -38,7 +38,9 @@ def write_tokenizers(root: Path, schedule: FocusSchedule) -> list[str]:
     levels = schedule.patch_size.bit_length()
     arguments = []
     for kind in ("structure", "alias"):
-        description = {"kind": kind, "vocab_size": 8, "z_channels": 4, "ch": 4, "ch_mult": [1] * levels}
+        description = {"kind": kind, "vocab_size": 8, "z_channels": 4, "ch": 4}
+        if kind == "structure":
+            description["ch_mult"] = [1] * levels
         tokenizer = build_tokenizer(schedule=schedule, **description)
         description["schedule"] = {
             "patch_nums": schedule.patch_nums,

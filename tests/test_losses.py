@@ -114,3 +114,13 @@ def test_missing_lpips_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(ValueError, match=r"lpips.* needs torchvision's VGG16 weights: put vgg16-397923af.pth into"):
         perceptual_loss("lpips")
+
+
+def test_truncated_lpips_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"perceptual 'lpips' needs torchvision's VGG16 weights"):
+        perceptual_loss("lpips")

@@ -268,3 +268,11 @@ def test_schedules_must_agree(trained: dict[str, Path]) -> None:
     task._trainer = type("Trainer", (), {"datamodule": Data()})()
     with pytest.raises(ValueError, match="schedule of the data module and of the tokenizer differ"):
         task.setup("fit")
+
+
+def test_a_batch_too_small_for_the_codebook_is_refused_before_the_first_step(
+    tmp_path: Path, image_folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"vocab_size 4096 is more than the .* vectors of one batch can initialise"):
+        fit("tokenizer.yaml", image_folder, tmp_path, ["--model.vocab_size=4096", "--model.warmup_steps=1000"])
+    assert not list(tmp_path.rglob("*.ckpt"))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fvar_lightning.schedule import FocusSchedule
@@ -37,6 +38,7 @@ def inputs(targets: str, x: Tensor) -> Tensor | list[Tensor]:
 @pytest.mark.parametrize("targets", ["view", "full", "feature"])
 def test_encode_decode_shapes_and_training_agrees_with_encoding(targets: str, generator: torch.Generator) -> None:
     vae = VQVAE(SCHEDULE, targets=targets, **SMALL).eval()
+    vae.codebook.step()  # or its codes would count as not set yet
     x = inputs(targets, images(3, generator))
     indices = vae.encode(x)
     assert [i.shape for i in indices] == [(3, 1), (3, 4), (3, 16)]
@@ -146,13 +148,49 @@ def test_warm_up_is_unquantised_then_initialises(generator: torch.Generator) -> 
         quantized = vae(x)
         assert quantized.indices == []
         torch.testing.assert_close(quantized.stages[-1], vae.features(x)[-1])
+        vae.eval()
+        assert vae(x).indices == []
+        vae.train()
     before = vae.quantizer.codebook.embedding.weight.clone()
     assert len(vae(x).indices) == 3
     assert not torch.equal(before, vae.quantizer.codebook.embedding.weight)
 
 
+def test_cosine_look_up_takes_the_smallest_angle(generator: torch.Generator) -> None:
+    codebook = Codebook(16, 3, cosine=True)
+    vectors = torch.randn(50, 3, generator=generator)
+    angles = torch.nn.functional.cosine_similarity(vectors[:, None].double(), codebook.embedding.weight.double(), dim=2)
+    assert torch.equal(codebook.nearest(vectors), angles.argmax(1))
+    assert torch.equal(codebook.nearest(vectors), codebook.nearest(7.0 * vectors))
+    assert not torch.equal(codebook.nearest(vectors), Codebook(16, 3).nearest(vectors))
+
+
+def test_alias_tokenizer_learns_residuals_of_few_patterns(generator: torch.Generator) -> None:
+    """Every patch is one of 12 patterns times a gain: what a code cannot tell is the gain alone."""
+    patterns = torch.randn(12, 3, 4, 4, generator=generator)
+
+    def residual(side: int) -> torch.Tensor:
+        which = torch.randint(12, (16, side, side), generator=generator)
+        gain = 1 + 0.1 * torch.randn(16, side, side, 1, 1, 1, generator=generator)
+        return rearrange(gain * patterns[which], "b h w c p q -> b c (h p) (w q)")
+
+    tokenizer = AliasTokenizer(SCHEDULE, vocab_size=32, z_channels=16, ch=32, warmup_steps=50, revive_after=20)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
+    for _ in range(150):
+        passed = tokenizer([residual(1), residual(2), residual(4)])
+        errors = [(x - y).square().mean() for x, y in zip(passed.reconstructions, passed.targets, strict=True)]
+        optimizer.zero_grad()
+        (sum(errors) + passed.loss).backward()
+        optimizer.step()
+    tokenizer.eval()
+    a = [residual(1), residual(2), residual(4)]
+    found = tokenizer.decode(tokenizer.encode(a))
+    for x, y in zip(found, a, strict=True):
+        assert (x - y).square().sum() < 0.05 * y.square().sum()
+
+
 def test_alias_tokenizer_round_trip(generator: torch.Generator) -> None:
-    tokenizer = AliasTokenizer(SCHEDULE, **SMALL)
+    tokenizer = AliasTokenizer(SCHEDULE, vocab_size=16, z_channels=8, ch=16)
     residuals = [a * scale for a, scale in zip(inputs("view", images(4, generator)), (0.1, 0.01, 0.0), strict=True)]
     passed = tokenizer(residuals[:2])
     for target in passed.targets:

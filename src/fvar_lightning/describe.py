@@ -25,20 +25,19 @@ def describe(network: Network) -> dict[str, Any]:
             "heads": network.heads,
             **transformer_sizes(network.state_dict()),
         }
-    codebook = network.quantizer.codebook if isinstance(network, VQVAE) else network.codebook
     description = {
         "kind": "structure" if isinstance(network, VQVAE) else "alias",
         "schedule": asdict(network.schedule),
         "vocab_size": network.vocab_size,
         "z_channels": network.z_channels,
-        **autoencoder_sizes(network.state_dict()),
-        "norm_groups": network.norm_groups,
-        "decay": codebook.decay,
-        "warmup_steps": codebook.warmup_steps,
-        "revive_after": codebook.revive_after,
+        "decay": network.codebook.decay,
+        "warmup_steps": network.codebook.warmup_steps,
+        "revive_after": network.codebook.revive_after,
     }
     if isinstance(network, VQVAE):
+        description |= autoencoder_sizes(network.state_dict()) | {"norm_groups": network.norm_groups}
         return description | {"targets": network.targets, "num_phi": len(network.quantizer.phi)}
+    description |= {"ch": network.encoder.patch.out_channels, "num_res_blocks": len(network.encoder.blocks)}
     return description | {"momentum": network.momentum, "commitment": network.commitment}
 
 

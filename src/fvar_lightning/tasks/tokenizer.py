@@ -1,8 +1,8 @@
 """TokenizerTask: stage 1, the training of the structure tokenizer or of the alias tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from fvar_lightning.data.batches import ImageBatch
@@ -43,7 +44,8 @@ class TokenizerTask(LightningModule):
         schedule: token layout and focus states; equal to the data module's.
         kind: ``structure`` (Q_L) or ``alias`` (Q_A).
         targets: what a token map of the structure tokenizer stands for, see `VQVAE`.
-        vocab_size, z_channels, ch, ch_mult, num_res_blocks, norm_groups: of the network.
+        vocab_size, z_channels, ch, num_res_blocks: of the network.
+        ch_mult, norm_groups: of the `VQVAE` (structure).
         decay, warmup_steps, revive_after: of the `Codebook`.
         l1_weight, l2_weight: of the pixel losses.
         vq_weight: of the codebook and commitment loss.
@@ -119,13 +121,11 @@ class TokenizerTask(LightningModule):
             vocab_size=vocab_size,
             z_channels=z_channels,
             ch=ch,
-            ch_mult=ch_mult,
             num_res_blocks=num_res_blocks,
-            norm_groups=norm_groups,
             decay=decay,
             warmup_steps=warmup_steps,
             revive_after=revive_after,
-            **({"targets": targets} if kind == "structure" else {}),
+            **({"targets": targets, "ch_mult": ch_mult, "norm_groups": norm_groups} if kind == "structure" else {}),
         )
         # convolutions run up to three times faster on this layout
         self.tokenizer.to(memory_format=torch.channels_last)
@@ -185,6 +185,13 @@ class TokenizerTask(LightningModule):
         """Bring the frozen network to the device."""
         if self._perceptual[0] is not None:
             self._perceptual[0].to(self.device)
+
+    def on_train_start(self) -> None:
+        """Refuse batches that are too small to initialise the codebook."""
+        codebook, loader = self.tokenizer.codebook, self.trainer.train_dataloader
+        if isinstance(loader, DataLoader) and codebook.updates <= codebook.warmup_steps:
+            images = min(loader.batch_size or 1, len(cast(Sized, loader.sampler))) * self.trainer.world_size
+            codebook.check_pool([images * side**2 for side in self.schedule.patch_nums[: self.scales]])
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """One step of tokenizer and discriminator together; logs every term as ``train/*``."""

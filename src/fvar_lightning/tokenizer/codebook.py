@@ -6,9 +6,12 @@ Legend: N vectors, V codes, C channels.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 KMEANS_ITERATIONS = 10
+POOL = 32
+"""Vectors of the pool that initialises the codes, for each of them, where there are so many."""
 
 
 def _joined(x: Tensor) -> Tensor:
@@ -28,27 +31,36 @@ def exact(z: Tensor) -> Tensor:
 class Codebook(nn.Module):
     """V vectors that follow the data by exponential moving averages (VQ-VAE, appendix A.1).
 
-    In training mode it begins un-quantised: for `warmup_steps` updates nothing is looked up, then the codes are set by
-    k-means on that batch's vectors. Codes that no vector chose for `revive_after` updates are replaced by vectors of
+    It begins un-quantised: for `warmup_steps` training steps nothing is looked up, then the codes are set by k-means on
+    that batch's vectors. Codes that no vector chose for `revive_after` updates are replaced by vectors of
     the current batch. All statistics are summed over processes, all state lies in buffers and survives a resume.
 
     Args:
         vocab_size: V.
         channels: C.
         decay: of the moving averages.
-        warmup_steps: updates before the codes are initialised.
+        warmup_steps: training steps before the codes are initialised.
         revive_after: updates without a use after which a code is replaced.
+        cosine: look up by the angle between vector and code instead of their distance. The codes themselves remain
+            means of vectors, of any length.
     """
 
     def __init__(
-        self, vocab_size: int, channels: int, *, decay: float = 0.99, warmup_steps: int = 0, revive_after: int = 100
+        self,
+        vocab_size: int,
+        channels: int,
+        *,
+        decay: float = 0.99,
+        warmup_steps: int = 0,
+        revive_after: int = 100,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
         if vocab_size < 2:
             raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
         if not 0 < decay < 1:
             raise ValueError(f"decay must lie in (0, 1), got {decay}")
-        self.decay, self.warmup_steps, self.revive_after = decay, warmup_steps, revive_after
+        self.decay, self.warmup_steps, self.revive_after, self.cosine = decay, warmup_steps, revive_after, cosine
         self.embedding = nn.Embedding(vocab_size, channels)
         self.embedding.weight.requires_grad_(False)
         nn.init.trunc_normal_(self.embedding.weight)
@@ -74,8 +86,8 @@ class Codebook(nn.Module):
 
     @property
     def warming_up(self) -> bool:
-        """Whether training still runs un-quantised."""
-        return self.training and int(self.updates) < self.warmup_steps
+        """Whether everything still passes un-quantised; the training step after the warm-up sets the codes."""
+        return int(self.updates) < self.warmup_steps + (not self.training)
 
     @property
     def needs_init(self) -> bool:
@@ -83,13 +95,32 @@ class Codebook(nn.Module):
         return self.training and int(self.updates) == self.warmup_steps
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Indices of the nearest codes by Euclidean distance: (N, C) -> (N,) int64."""
+        """Indices of the nearest codes: (N, C) -> (N,) int64."""
         codes = self.embedding.weight
+        if self.cosine:
+            return (vectors @ F.normalize(codes, dim=1).T).argmax(1)
         return torch.addmm(codes.square().sum(1), vectors, codes.T, alpha=-2).argmin(1)
 
     def forward(self, indices: Tensor) -> Tensor:
         """(...) indices -> (..., C) codes."""
         return self.embedding(indices)
+
+    def check_pool(self, sizes: Sequence[int]) -> None:
+        """Refuse a batch that could not initialise the codes.
+
+        Args:
+            sizes: vectors of each scale in one batch of all processes.
+
+        Raises:
+            ValueError: if fewer of them than there are codes would be drawn.
+        """
+        share = -(-POOL * self.vocab_size // len(sizes))
+        drawn = sum(min(size, share) for size in sizes)
+        if drawn < self.vocab_size:
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is more than the {drawn} vectors of one batch can initialise: "
+                "lower vocab_size or raise batch_size"
+            )
 
     @torch.no_grad()
     def initialise(self, pool: Sequence[Tensor]) -> None:
@@ -98,12 +129,8 @@ class Codebook(nn.Module):
         Raises:
             ValueError: if the pool holds fewer vectors than there are codes.
         """
-        vectors = self._draw(pool, 32 * self.vocab_size, replacement=False)
-        if len(vectors) < self.vocab_size:
-            raise ValueError(
-                f"vocab_size {self.vocab_size} is more than the {len(vectors)} vectors of one batch can initialise: "
-                "lower vocab_size or raise batch_size"
-            )
+        vectors = self._draw(pool, POOL * self.vocab_size, replacement=False)
+        self.check_pool([len(vectors)])
         codes = vectors[torch.randperm(len(vectors), generator=self._generator())[: self.vocab_size].to(vectors.device)]
         for _ in range(KMEANS_ITERATIONS):
             self.embedding.weight.copy_(codes)

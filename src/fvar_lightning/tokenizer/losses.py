@@ -1,5 +1,6 @@
 """Losses of tokenizer training: pixels, frozen features, and a discriminator."""
 
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -46,7 +47,8 @@ def perceptual_loss(kind: Perceptual) -> nn.Module | None:
     (``$TORCH_HOME/hub/checkpoints/vgg16-397923af.pth``) and downloads where it may.
 
     Raises:
-        ValueError: if `kind` is unknown, or the weights are missing and cannot be downloaded.
+        ValueError: if `kind` is unknown, or the weights are missing and cannot be downloaded, truncated, or of another
+            network.
     """
     if kind == "none":
         return None
@@ -58,7 +60,7 @@ def perceptual_loss(kind: Perceptual) -> nn.Module | None:
 
     try:
         return LearnedPerceptualImagePatchSimilarity("vgg").requires_grad_(False)
-    except OSError as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(
             "perceptual 'lpips' needs torchvision's VGG16 weights: put vgg16-397923af.pth into "
             f"{torch.hub.get_dir()}/checkpoints, or use 'efficientnet_lite1', which comes as a package ({error})"

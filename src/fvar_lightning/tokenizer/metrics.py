@@ -14,7 +14,7 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 class CodebookUsage(Metric):
-    """Perplexity over min(V, tokens seen), for each scale and for all scales together; in (0, 1].
+    """Perplexity over min(V, tokens seen), for each scale and for all scales together; in (0, 1], NaN without tokens.
 
     Args:
         num_scales: S.
@@ -36,7 +36,8 @@ class CodebookUsage(Metric):
     def compute(self) -> Tensor:
         """(S + 1,): every scale, then all together."""
         counts = torch.cat((self.counts, self.counts.sum(0, keepdim=True)))
-        return perplexity(counts) / counts.sum(-1).clamp(1, counts.shape[1])
+        seen = counts.sum(-1)
+        return torch.where(seen > 0, perplexity(counts) / seen.clamp(1, counts.shape[1]), torch.nan)
 
 
 class SignalToNoise(Metric):

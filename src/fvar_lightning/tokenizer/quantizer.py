@@ -101,7 +101,8 @@ class MultiScaleQuantizer(nn.Module):
             features = [exact(z) for z in features]
             references = features if references is None else [exact(z) for z in references]
             if self.codebook.warming_up:
-                self.codebook.step()
+                if self.training:
+                    self.codebook.step()
                 return self._warm_up(features, references)
             if self.codebook.needs_init:
                 self.codebook.initialise(self._residuals(features)[0])

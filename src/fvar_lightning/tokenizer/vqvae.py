@@ -79,13 +79,18 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
 
     @property
+    def codebook(self) -> Codebook:
+        """The quantiser's."""
+        return self.quantizer.codebook
+
+    @property
     def vocab_size(self) -> int:
         """Number of codes."""
-        return self.quantizer.codebook.vocab_size
+        return self.codebook.vocab_size
 
     def codes(self, indices: Tensor) -> Tensor:
         """Codebook vectors: (...) indices -> (..., Z)."""
-        return self.quantizer.codebook(indices)
+        return self.codebook(indices)
 
     def features(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """z_s, S tensors (B, Z, pn_s, pn_s); takes what `encode` takes."""
