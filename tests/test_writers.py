@@ -2,7 +2,12 @@
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ import torch
 from PIL import Image
 
 from evaluation_worker import make_data, make_task, make_trainer, write_tokenizers
+from fvar_lightning.cli import main
 from fvar_lightning.data.loaders import SampleRequests
 from fvar_lightning.evaluation.statistics import adm_images
 from fvar_lightning.samples import Sample, SampleFolder
@@ -47,10 +53,32 @@ def test_requests_leave_out_what_is_finished() -> None:
         requests = SampleRequests(*args, **options)
         return [(int(label), int(seed)) for label, seed in (requests[i] for i in range(len(requests)))]
 
-    assert asked(2, 3, 10) == [(0, 10), (0, 11), (0, 12), (1, 13), (1, 14), (1, 15)]
+    everything = [(0, 10), (0, 11), (0, 12), (1, 13), (1, 14), (1, 15)]
+    assert asked(2, 3, 10) == everything
     assert asked(2, 3, 10, finished=[10, 14, 99]) == [(0, 11), (0, 12), (1, 13), (1, 15)]
-    assert asked(2, 2, 0, finished=[0, 1, 2], at_least=2) == [(1, 3), (0, 0)], "every rank has one"
-    assert asked(2, 2, 0, finished=range(4), at_least=2) == []
+    assert asked(2, 3, 10, finished=[10, 14, 99], together=2) == everything
+    assert asked(2, 3, 10, finished=[10, 11, 12, 15], together=2) == everything[2:]
+    assert asked(2, 3, 10, finished=[10, 11, 12, 15], together=4) == everything
+    assert asked(2, 2, 0, finished=range(4), together=3) == []
+
+
+def test_ranks_resume_the_batches_of_an_undisturbed_run(image_folder: Path) -> None:
+    """11 images a class on three ranks, in batches of 3: the 22 are 9, 9 and 4 in a step of all ranks."""
+
+    def batches(finished: list[int]) -> list[list[list[int]]]:
+        shares = []
+        for rank in range(3):
+            data = make_data(image_folder, batch_size=3, samples_per_class=11)
+            data.trainer = SimpleNamespace(world_size=3, global_rank=rank, num_devices=3)
+            data.finished_seeds = lambda: finished
+            shares.append([batch.seeds.tolist() for batch in data.predict_dataloader()])
+        return shares
+
+    whole = batches([])
+    assert [len(share) for share in whole] == [3, 3, 3]
+    assert batches([*range(9), 10, 20]) == [share[1:] for share in whole]
+    assert batches([*range(18), 20]) == [share[2:] for share in whole]
+    assert batches([*range(17), *range(18, 22)]) == [share[1:2] for share in whole]
 
 
 def test_every_image_is_the_students_own(whole: Path, tokenizers: list[str]) -> None:
@@ -86,9 +114,10 @@ def test_npz_holds_the_pictures_with_their_labels_in_mixed_order(whole: Path) ->
     assert labels.tolist() != sorted(labels.tolist()), "consecutive parts must hold all classes"
 
 
-@pytest.mark.parametrize("killed_after", [1, 5])
+@pytest.mark.parametrize(("killed_after", "again"), [(1, range(8)), (5, range(3, 8))])
 def test_an_interrupted_run_goes_on_to_the_same_files(
     killed_after: int,
+    again: range,
     whole: Path,
     tokenizers: list[str],
     image_folder: Path,
@@ -108,10 +137,11 @@ def test_an_interrupted_run_goes_on_to_the_same_files(
         patch.setattr(SampleFolder, "write", failing)
         with pytest.raises(OSError, match="disk gone"):
             predict(tokenizers, image_folder, tmp_path, output="both")
-    # a file that a crash of the machine left torn, and one that was being written
-    torn = SampleFolder(tmp_path / "samples", ["blue", "red"]).path(written[0])
+    # a file that a crash of the machine left torn, and two that were being written
+    torn = SampleFolder(tmp_path / "samples", ["blue", "red"]).path(written[-1])
     torn.write_bytes(torn.read_bytes()[:-5])
     torn.with_name("000099.png.1.partial").write_bytes(b"half")
+    (tmp_path / "samples" / "samples.npz.1.partial").write_bytes(b"half")
 
     made: list[int] = []
     generate = FVARTask.generate
@@ -121,14 +151,52 @@ def test_an_interrupted_run_goes_on_to_the_same_files(
         return generate(task, labels, **options)
 
     monkeypatch.setattr(FVARTask, "generate", counting)
-    predict(tokenizers, image_folder, tmp_path, output="both", batch_size=2)
-    kept = {sample.seed for sample in written[1:]}
-    assert sorted(made) == sorted(set(range(8)) - kept), "nothing is generated twice"
+    predict(tokenizers, image_folder, tmp_path, output="both")
+    assert made == list(again), "the batches of which an image is missing, and no others"
     assert contents(tmp_path / "samples") == contents(whole)
 
     made.clear()
     predict(tokenizers, image_folder, tmp_path, output="both")
     assert made == []
+
+
+@pytest.mark.parametrize("output", ["both", pytest.param("npz", marks=pytest.mark.slow)])
+def test_a_killed_process_started_again_gives_the_files_of_an_undisturbed_one(
+    output: str, tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, which no process can prepare for, while pictures are being written."""
+    count = 400
+
+    def arguments(command: str) -> list[str]:
+        return [
+            command, f"--config={Path(__file__).parent / 'conf' / 'fvar.yaml'}", f"--data.source={image_folder}",
+            *(f"--model.{k}_tokenizer={p}" for k, p in zip(("structure", "alias"), tokenizers, strict=True)),
+            "--data.schedule.max_radius=0.75", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}",
+        ]  # fmt: skip
+
+    def samples(folder: str) -> list[str]:
+        writer = {"folder": str(tmp_path / folder), "output": output}
+        return [
+            *arguments("predict"), f"--ckpt_path={tmp_path / 'last.ckpt'}", f"--data.samples_per_class={count // 2}",
+            "--trainer.callbacks=SampleWriter", *(f"--trainer.callbacks.{k}={v}" for k, v in writer.items()),
+        ]  # fmt: skip
+
+    cli = main([*arguments("fit"), "--trainer.max_steps=1", "--model.optimizer=SGD", "--model.optimizer.lr=0.5"])
+    cli.trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    main(samples("undisturbed"))
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "fvar_lightning", *samples("killed")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while len(list(killed.glob("*/*.png"))) < count // 8:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(killed.glob("*/*.png"))) < count
+    assert not (killed / "samples.npz").exists()
+    main(samples("killed"))
+    assert contents(killed) == contents(tmp_path / "undisturbed")
+    assert len(contents(killed)) == (2 if output == "npz" else count + 2)
 
 
 def test_npz_alone_leaves_no_pictures(

@@ -87,7 +87,7 @@ class SampleFolder:
         else:
             with replacing(note) as beside:
                 beside.write_text(json.dumps({"settings": wanted, **about}, indent=2) + "\n")
-        for left_over in self.root.glob("*/*.partial"):
+        for left_over in (*self.root.glob("*.partial"), *self.root.glob("*/*.partial")):
             left_over.unlink(missing_ok=True)
 
     def finished(self, samples: Iterable[Sample]) -> list[Sample]:

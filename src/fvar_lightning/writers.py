@@ -30,15 +30,15 @@ Output = Literal["png", "npz", "both"]
 class SampleWriter(BasePredictionWriter):
     """Writes generated images into a folder, each at once and whole; see `SampleFolder` for what is in it.
 
-    Started again after an interruption, a run generates what is missing, and nothing else. With other settings or
-    another checkpoint the folder is refused. Predictions are not collected in memory.
+    Started again after an interruption, a run generates the batches of which images are missing, and ends with the
+    same files as an undisturbed one (to the last bit with the same batch size on as many of the same devices). With
+    other settings or another checkpoint the folder is refused. Predictions are not collected in memory.
 
     Args:
         folder: where to; seen by all ranks.
         output: `png`: pictures; `npz`: one file for the ADM suite, made of pictures that are removed when it is
             complete; `both`.
-        sampling: guidance, top_k, top_p, more_smooth in the place of the task's (with ``--ckpt_path`` the checkpoint's
-            own ``--model`` arguments count, not those of the command line).
+        sampling: guidance, top_k, top_p, more_smooth in the place of the task's.
         weights: `ema`: averaged weights where training kept them; `raw`: those of the last step.
 
     Raises:

@@ -20,18 +20,19 @@ class SampleRequests(Dataset[SampleBatch]):
         per_class: images of every class.
         base_seed: seed of the first.
         finished: seeds of images that are there already, and are left out.
-        at_least: so many are asked for, if need be of the finished ones: every rank must have one.
+        together: so many consecutive images, those that all ranks generate in one step, are left out only together:
+            what is generated again is then generated in the same batch, and comes out the same to the last bit.
     """
 
     def __init__(
-        self, num_classes: int, per_class: int, base_seed: int, finished: Collection[int] = (), at_least: int = 0
+        self, num_classes: int, per_class: int, base_seed: int, finished: Collection[int] = (), together: int = 1
     ) -> None:
         self.per_class = per_class
         self.base_seed = base_seed
         done = frozenset(finished)
-        missing_first = sorted(range(num_classes * per_class), key=lambda position: base_seed + position in done)
-        missing = sum(base_seed + position not in done for position in missing_first)
-        self.positions = missing_first[: max(missing, at_least)] if missing else []
+        everything = range(num_classes * per_class)
+        steps = (everything[start : start + together] for start in range(0, len(everything), together))
+        self.positions = [p for step in steps if any(base_seed + p not in done for p in step) for p in step]
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -134,18 +135,25 @@ class SharedLoaders(LightningDataModule):
 
     def eval_loader(self, dataset: Any, collate: Callable | None = None) -> DataLoader:
         """Every sample once over all ranks, in order, equally many batches on every rank."""
-        ranks = self._ranks
-        size = even_batch_size(len(dataset), ranks["num_replicas"], self.batch_size)
-        sampler = EpochSampler(dataset, shuffle=False, **ranks)
-        return DataLoader(dataset, batch_size=size, sampler=sampler, **self._options(collate))
+        size = even_batch_size(len(dataset), self._ranks["num_replicas"], self.batch_size)
+        return self._in_order(dataset, size, collate)
+
+    def _in_order(self, dataset: Any, batch_size: int, collate: Callable | None = None) -> DataLoader:
+        sampler = EpochSampler(dataset, shuffle=False, **self._ranks)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._options(collate))
 
     def sample_loader(self) -> DataLoader | list[DataLoader]:
-        """`SampleBatch`es: `samples_per_class` of every class, less those finished; no loader if none are left."""
+        """`SampleBatch`es: `samples_per_class` of every class, less those finished; no loader if none are left.
+
+        A batch holds the same images whatever is finished.
+        """
+        ranks = self._ranks["num_replicas"]
+        size = even_batch_size(self.num_classes * self.samples_per_class, ranks, self.batch_size)
         requests = SampleRequests(
             self.num_classes,
             self.samples_per_class,
             self.base_seed,
             finished=self.finished_seeds(),
-            at_least=self._ranks["num_replicas"],
+            together=size * ranks,
         )
-        return self.eval_loader(requests) if len(requests) else []
+        return self._in_order(requests, size) if len(requests) else []
