@@ -1,7 +1,7 @@
 """What evaluation costs beside generating the images and passing them through the extractor; run with -m benchmark -s.
 
 The student is the size of the quickstart's (64 px, depth 8, width 192), random. Real images are cached before. On one
-pinned core of a Xeon server: 512 images 4.2 % of the generation's 21.5 s, 2000 images 2.0 % of 78.6 s, alias figures 2 %.
+pinned Xeon core: 512 images 4.2 % of the generation's 21.5 s, 2000 images 2.0 % of 78.6 s, alias figures 2 %.
 """
 
 from collections.abc import Callable, Iterator
