@@ -1,5 +1,6 @@
 """The command line: `fvar fit | validate | test | predict` (LightningCLI), `fvar export` and `fvar quickstart`."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
 from fvar_lightning.evaluation.callbacks import (
@@ -18,7 +20,7 @@ from fvar_lightning.evaluation.callbacks import (
     TokenizerPictures,
 )
 from fvar_lightning.evaluation.extractors import EfficientNetLite0, Inception
-from fvar_lightning.export import export
+from fvar_lightning.export import export_command
 from fvar_lightning.memory import keep_memory
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
@@ -43,13 +45,36 @@ COMPONENTS = (
 
 
 class FVARCommandLine(LightningCLI):
-    """LightningCLI in which the data module tells the task the schedule and the classes."""
+    """LightningCLI in which the data module tells the task the schedule and the classes.
+
+    With ``--ckpt_path``, ``--model`` options of the command line count more than the checkpoint's hyper-parameters, and
+    these more than configuration files. (In LightningCLI the checkpoint silently wins over both.)
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for leaf in ("patch_nums", "patch_size", "focus_states", "max_radius", "schedule"):
             parser.link_arguments(f"data.init_args.schedule.{leaf}", f"model.init_args.schedule.{leaf}")
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Keep the ``--model`` options beside the configuration, of which the checkpoint will overwrite them."""
+        super().parse_arguments(parser, args)
+        self.model_options = options(args, "model") if isinstance(args, list) else []
+
+    def before_instantiate_classes(self) -> None:
+        """Apply the ``--model`` options again, on top of the checkpoint's hyper-parameters; tell what they change."""
+        command = str(self.subcommand)
+        if not (self.model_options and self.config[command].get("ckpt_path")):
+            return
+        stored = dict(self.config.items())
+        self.config = self.parser.parse_args([command, *self.model_options], self.config)
+        for name, value in self.config.items():
+            if value != stored.get(name):
+                rank_zero_info(
+                    f"{name.removeprefix(f'{command}.')}: {value!r} of the command line replaces the checkpoint's "
+                    f"{stored.get(name)!r}"
+                )
 
     def load_weights_only(self) -> None:
         """Have checkpoints read as tensors and plain values, never as code."""
@@ -66,6 +91,13 @@ class FVARCommandLine(LightningCLI):
             while root.__cause__ is not None:
                 root = root.__cause__
             self.parser.error(str(root))
+
+
+def options(args: list[str], name: str) -> list[str]:
+    """Those of the arguments that set ``--<name>`` or a part of it, with their values."""
+    own = re.compile(rf"--{name}([.=].*)?")
+    places = (i for i, arg in enumerate(args) if own.fullmatch(arg))
+    return [part for i in places for part in args[i : i + 1 + ("=" not in args[i])]]
 
 
 UPSTREAM_NOISE = (
@@ -86,7 +118,7 @@ def main(args: list[str] | None = None) -> FVARCommandLine | None:
     if not torch.cuda.is_available():
         keep_memory()
     if args[:1] == ["export"]:
-        auto_cli(export, args=args[1:], prog="fvar export")
+        export_command(args[1:])
         return None
     if args[:1] == ["quickstart"]:
         from fvar_lightning.quickstart import quickstart

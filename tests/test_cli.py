@@ -1,0 +1,89 @@
+"""The command line: which of the places that name an option counts."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from evaluation_worker import LAYOUT, write_tokenizers
+from fvar_lightning.cli import FVARCommandLine, main, options
+
+CONF = Path(__file__).parent / "conf"
+
+
+def run(command: str, source: Path, root: Path, *args: str) -> FVARCommandLine:
+    cli = main([
+        command, f"--config={CONF / 'fvar.yaml'}", f"--data.source={source}", "--trainer.max_steps=1",
+        f"--data.schedule.max_radius={LAYOUT['max_radius']}", "--data.samples_per_class=1",
+        f"--trainer.default_root_dir={root}", f"--trainer.logger.save_dir={root}", *args,
+    ])  # fmt: skip
+    assert cli is not None
+    return cli
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """A folder with tokenizers and a checkpoint whose model was made by options of the command line."""
+    root = tmp_path_factory.mktemp("trained")
+    write_tokenizers(root)
+    cli = run("fit", image_folder, root, *tokenizers(root), "--model.guidance=2.0", "--model.depth=2")
+    cli.trainer.save_checkpoint(root / "last.ckpt", weights_only=False)
+    return root
+
+
+def tokenizers(root: Path) -> list[str]:
+    return [f"--model.{kind}_tokenizer={root / kind}.ckpt" for kind in ("structure", "alias")]
+
+
+def replaced(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "of the command line" in record.getMessage()]
+
+
+def test_options_are_found_with_their_values() -> None:
+    args = ["fit", "-c", "x.yaml", "--model.depth", "3", "--models=1", "--model=FVARTask", "--data.model=--model.x",
+            "--model.noise", "[1,2]", "--ckpt_path=--model.y=1", "--model", "m.yaml"]  # fmt: skip
+    assert options(args, "model") == [
+        "--model.depth", "3", "--model=FVARTask", "--model.noise", "[1,2]", "--model", "m.yaml"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [["--model.guidance=3.0"], ["--model.guidance", "3.0"]])
+def test_command_line_counts_more_than_the_checkpoint_and_this_more_than_files(
+    given: list[str], trained: Path, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "more.yaml").write_text("model: {init_args: {guidance: 4.0, top_k: 7}}")
+    cli = run("predict", image_folder, tmp_path, *tokenizers(trained), *given, f"--config={tmp_path / 'more.yaml'}",
+              f"--ckpt_path={trained / 'last.ckpt'}")  # fmt: skip
+    assert cli.model.sampling == {"guidance": 3.0, "top_k": 900, "top_p": 0.96}
+    assert cli.model.student.depth == 2, "not the 3 of the configuration file"
+    assert replaced(caplog) == ["model.init_args.guidance: 3.0 of the command line replaces the checkpoint's 2.0"]
+
+
+def test_equal_options_are_no_conflict(
+    trained: Path, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    cli = run("fit", image_folder, tmp_path, *tokenizers(trained), "--model.guidance=2", "--model.depth=2",
+              f"--ckpt_path={trained / 'last.ckpt'}", "--trainer.max_steps=2")  # fmt: skip
+    assert cli.trainer.global_step == 2
+    assert not replaced(caplog)
+
+
+def test_moved_tokenizers_are_found_where_the_command_line_says(
+    trained: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    for kind in ("structure", "alias"):
+        (moved / f"{kind}.ckpt").rename(moved / f"{kind}_new.ckpt")
+    where = [f"--model.{kind}_tokenizer={moved / kind}_new.ckpt" for kind in ("structure", "alias")]
+    cli = run("predict", image_folder, tmp_path, *where, f"--ckpt_path={moved / 'last.ckpt'}")
+    assert cli.model.hparams["structure_tokenizer"] == str(moved / "structure_new.ckpt")
+
+
+def test_another_network_than_the_checkpoints_is_not_loaded(trained: Path, image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"student\.blocks\.2"):
+        run("predict", image_folder, tmp_path, *tokenizers(trained), "--model.depth=3",
+            f"--ckpt_path={trained / 'last.ckpt'}")  # fmt: skip
