@@ -1,6 +1,7 @@
 """FocusSchedule against counts and radii worked out by hand."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -31,6 +32,12 @@ def test_linear_nyquist_and_listed_radii():
     nyquist = FocusSchedule(patch_nums=(2, 4, 8, 16), schedule="nyquist")
     assert nyquist.radii == pytest.approx((1.22 * 8, 1.22 * 4, 1.22 * 2, 0))
     assert FocusSchedule(schedule=[20.0, 5.0, 0.5, 0.0]).radii == (20, 20, 20, 5, 5, 5, 0.5, 0.5, 0.5, 0)
+
+
+def test_equal_schedules_are_equal_and_hash_alike_however_their_numbers_were_given():
+    given = FocusSchedule([1, 2, 4], focus_states=3, schedule=[2.0, 1.0, 0.0])
+    assert given == FocusSchedule((1, 2, 4), focus_states=3, schedule=(2.0, 1.0, 0.0))
+    assert len({given, FocusSchedule.of(asdict(given)), FocusSchedule((1, 2, 4), focus_states=3)}) == 2
 
 
 def test_every_scale_can_have_its_own_radius_or_none_a_blur():
@@ -89,6 +96,8 @@ def test_mask_lets_a_token_read_its_own_and_earlier_scales():
         ({"max_radius": -1}, r"max_radius.*\[0, 128.*got -1"),
         ({"max_radius": 128}, r"max_radius.*\[0, 128.*got 128"),
         ({"schedule": "cubic"}, "schedule.*cosine.*got 'cubic'"),
+        ({"schedule": "nyquist", "focus_states": 10, "max_radius": 12.0}, "schedule 'nyquist'.*max_radius.*got 12.0"),
+        ({"schedule": [3.0, 2.0, 1.0, 0.0], "max_radius": 3.0}, r"schedule \(3.0, .*max_radius.*got 3.0"),
         ({"schedule": "nyquist"}, "nyquist.*focus_states must be 10, got 4"),
         ({"schedule": [3.0, 0.0]}, r"schedule must list 4 radii.*got \[3.0, 0.0\]"),
         ({"schedule": [3.0, 4.0, 1.0, 0.0]}, "schedule.*strictly decreasing to 0.*4.0"),

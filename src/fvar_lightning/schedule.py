@@ -34,7 +34,8 @@ class FocusSchedule:
         max_radius: radius of the first state in pixels at full resolution; ``None`` is 12/256 of the image side.
         schedule: ``cosine``: ``max_radius * (1 + cos(pi (k-1)/(K-1))) / 2``, our reading of eq. 2; ``linear``;
             ``nyquist``: 1.22 times the scale's down-sampling factor, the smallest disk whose first spectral zero lies
-            at the Nyquist limit (needs ``focus_states`` = S, takes no ``max_radius``); or K radii, decreasing to 0.
+            at the Nyquist limit (needs ``focus_states`` = S); or K radii, decreasing to 0. The last two take no
+            ``max_radius``.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -44,7 +45,7 @@ class FocusSchedule:
     patch_size: int = 16
     focus_states: int = 4
     max_radius: float | None = None
-    schedule: Literal["cosine", "linear", "nyquist"] | list[float] = "cosine"
+    schedule: Literal["cosine", "linear", "nyquist"] | tuple[float, ...] = "cosine"
 
     @classmethod
     def of(cls, value: "FocusSchedule | dict[str, Any]") -> "FocusSchedule":
@@ -53,6 +54,8 @@ class FocusSchedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
+        if not isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", tuple(self.schedule))
         increasing = all(a < b for a, b in pairwise(self.patch_nums))
         if not self.patch_nums or self.patch_nums[0] < 1 or not increasing:
             raise ValueError(f"patch_nums must be strictly increasing positive integers, got {self.patch_nums}")
@@ -75,6 +78,10 @@ class FocusSchedule:
                 )
         else:
             self._check_radii(self.schedule)
+        if self.max_radius is not None and self.schedule not in ("cosine", "linear"):
+            raise ValueError(
+                f"schedule {self.schedule!r} gives the radii itself: max_radius must be None, got {self.max_radius}"
+            )
 
     def _check_radii(self, radii: Sequence[float]) -> None:
         falling = all(a > b for a, b in pairwise(radii))
