@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from fvar_lightning.data import photographs
-from fvar_lightning.data.datasets import FolderDataset, TorchvisionDataset, load_torchvision, scan_folder
+from fvar_lightning.data.datasets import FolderDataset, scan_folder
 from fvar_lightning.data.images import ImageTransform, load_image, resize_adm
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
 from fvar_lightning.data.sampler import Draw
@@ -368,61 +367,6 @@ def test_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     assert any(not torch.equal(reseeded[draw][0], first[draw]) for draw in draws)
     with pytest.raises(IndexError):
         data[6]
-
-
-# ---- torchvision ---------------------------------------------------------------------------------------------------
-
-
-def write_fashion_mnist(root: Path) -> None:
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for prefix, count in (("train", 12), ("t10k", 5)):
-        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        header = struct.pack(">IIII", 2051, count, 28, 28)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
-
-
-def test_torchvision_by_name(tmp_path: Path) -> None:
-    write_fashion_mnist(tmp_path)
-    names, (train, indices), (val, val_indices) = load_torchvision("FashionMNIST", tmp_path)
-    assert names == torchvision.datasets.FashionMNIST.classes
-    assert (len(indices), len(val_indices)) == (12, 5)
-    data = TorchvisionDataset(train, names, ImageTransform(16), indices)
-    image, label = data[11]
-    assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 1)
-    assert TorchvisionDataset(val, names, ImageTransform(16), val_indices).name(2) == "FashionMNIST[2]"
-
-
-def test_torchvision_without_parts_of_its_own_holds_some_out() -> None:
-    class Grey(torchvision.datasets.VisionDataset):
-        classes = ("zero", "one")
-
-        def __init__(self, root: str) -> None:
-            super().__init__(root)
-
-        def __len__(self) -> int:
-            return 20
-
-        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-            return Image.new("L", (8, 8), index), index % 2
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision.datasets, "SEMEION", Grey)
-        names, (_, train), (_, val) = load_torchvision("SEMEION", "somewhere", 0.25)
-    assert names == ["zero", "one"]
-    assert len(val) == 5
-    assert sorted([*train, *val]) == list(range(20))
-
-
-def test_torchvision_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'FashionMINST' is no data set of torchvision"):
-        load_torchvision("FashionMINST", tmp_path)
-    with pytest.raises(ValueError, match=r"does not hold the data set CIFAR10.*download=True"):
-        load_torchvision("CIFAR10", tmp_path)
-    with pytest.raises(ValueError, match=r"does not hold the data set SVHN.*download=True"):
-        load_torchvision("SVHN", tmp_path)
 
 
 # ---- photographs ---------------------------------------------------------------------------------------------------

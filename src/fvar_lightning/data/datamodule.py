@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
-from fvar_lightning.data.datasets import FolderDataset, ImageDataset, TorchvisionDataset, load_torchvision, scan_folder
+from fvar_lightning.data.datasets import FolderDataset, ImageDataset, scan_folder
 from fvar_lightning.data.images import ImageTransform
 from fvar_lightning.data.loaders import Passes, SharedLoaders
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
 from fvar_lightning.data.tokens import TokenDataset
+from fvar_lightning.data.torchvision_sets import TorchvisionDataset, load_torchvision
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 
@@ -48,7 +49,7 @@ class ImageDataModule(SharedLoaders):
         val_fraction: part of the data held out for validation, where the source has no such part of its own.
         crops_per_photograph: samples of every photograph in an epoch.
         max_unreadable: so many images may be unreadable; by default 1 %, at least 10.
-        download: let torchvision download what is missing (with torchrun, do it once beforehand).
+        download: let torchvision download what is missing; one process does, the others wait for it.
         seed: of the order of the training images and of their crops.
         predict: `samples`: asks for images to be generated; `tokens`: the training images in order, for token caches.
         samples_per_class: images to generate of every class.

@@ -1,22 +1,20 @@
-"""Data sets of images, folders and torchvision's: (uint8 tensor (3, H, W), label), whatever files are broken."""
+"""Data sets of images in folders: (uint8 tensor (3, H, W), label), whatever files are broken."""
 
 import hashlib
-import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fvar_lightning.data.images import EXTENSIONS, ImageTransform, load_image, to_rgb
+from fvar_lightning.data.images import EXTENSIONS, ImageTransform, load_image
 from fvar_lightning.data.sampler import Draw
 
 
@@ -202,91 +200,3 @@ def _image_list(root: Path, classes: dict[str, list[str]], names: list[str]) -> 
     pairs = [(os.fsencode(file), names.index(name)) for name in names for file in classes.get(name, [])]
     files = np.array([file for file, _ in pairs], dtype=np.bytes_)
     return ImageList(root, files, np.array([label for _, label in pairs], dtype=np.int64))
-
-
-class TorchvisionDataset(ImageDataset):
-    """A classification data set of torchvision. `indices` picks some of its samples; other arguments as above."""
-
-    def __init__(
-        self,
-        wrapped: Dataset,
-        class_names: list[str],
-        transform: ImageTransform,
-        indices: Sequence[int] | np.ndarray,
-        **options: Any,
-    ) -> None:
-        super().__init__(len(indices), class_names, transform, **options)
-        self.wrapped = wrapped
-        self.indices = np.asarray(indices)
-
-    def name(self, index: int) -> str:
-        return f"{type(self.wrapped).__name__}[{self.indices[index]}]"
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.wrapped[int(self.indices[index])]
-        return to_rgb(image), int(label)
-
-
-def load_torchvision(
-    name: str, root: str | Path, val_fraction: float = 0.1, download: bool = False
-) -> tuple[list[str], tuple[Dataset, np.ndarray], tuple[Dataset, np.ndarray]]:
-    """Class names, and training and validation part as (data set, indices into it), of a torchvision data set.
-
-    Its own test or validation part is used if it has one; otherwise `val_fraction` of it is held out.
-
-    Raises:
-        ValueError: if torchvision has no such data set, its files are missing, or it is not one of classification.
-    """
-    kind = getattr(torchvision.datasets, name, None)
-    if name not in torchvision.datasets.__all__ or not isinstance(kind, type):
-        raise ValueError(f"source {name!r} is no data set of torchvision, see torchvision.datasets for those it has")
-    parameters = inspect.signature(kind).parameters
-    options = {"root": str(root)} | ({"download": download} if "download" in parameters else {})
-
-    def make(**part: Any) -> Any:
-        try:
-            return kind(**options, **part)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"root {str(root)!r} does not hold the data set {name} ({error}). Get it once with: "
-                f'python -c "from torchvision.datasets import {name}; {name}({str(root)!r}, download=True)"'
-            ) from error
-        except TypeError as error:
-            raise ValueError(f"source {name!r} cannot be used, it needs more arguments: {error}") from error
-
-    if "train" in parameters:
-        train, val = make(train=True), make(train=False)
-    elif "split" in parameters:
-        train = _first_split(make, ("train", "trainval"))
-        val = _first_split(make, ("val", "test", "valid"))
-    else:
-        train = val = make()
-    if not isinstance(train[0][1], int):
-        raise ValueError(f"source {name!r} is no classification data set, its targets are {train[0][1]!r}")
-    if val is not train:
-        return _class_names(train), (train, np.arange(len(train))), (val, np.arange(len(val)))
-    order = np.random.default_rng(0).permutation(len(train))
-    count = round(val_fraction * len(train))
-    return _class_names(train), (train, np.sort(order[count:])), (train, np.sort(order[:count]))
-
-
-def _first_split(make: Callable[..., Any], splits: Sequence[str]) -> Any:
-    """The first split the data set knows; torchvision refuses unknown ones with a ValueError."""
-    for split in splits[:-1]:
-        try:
-            return make(split=split)
-        except ValueError as error:
-            if "argument split" not in str(error):
-                raise
-    return make(split=splits[-1])
-
-
-def _class_names(dataset: Any) -> list[str]:
-    names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
-    if names:
-        return [name if isinstance(name, str) else str(name[0]) for name in names]
-    labels = getattr(dataset, "targets", None)
-    labels = getattr(dataset, "labels", None) if labels is None else labels
-    if labels is None:
-        raise ValueError(f"source {type(dataset).__name__!r} names neither its classes nor its labels")
-    return [str(label) for label in range(int(np.max(labels)) + 1)]

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fvar_lightning.data.datasets import FolderDataset, ImageDataset, TorchvisionDataset
+from fvar_lightning.data.datasets import FolderDataset, ImageDataset
 from fvar_lightning.data.photographs import PhotographDataset
+from fvar_lightning.data.torchvision_sets import TorchvisionDataset
 
 
 def fingerprint(dataset: ImageDataset | PhotographDataset) -> str:
