@@ -17,6 +17,9 @@ from fvar_lightning.transformer.var import VAR
 
 Weights = Literal["ema", "raw"]
 
+RAW = "current_model_state"
+"""Where Lightning's weight averaging keeps the weights themselves; the averages take their place."""
+
 
 def load_tokenizer(
     path: str | Path, *, schedule: FocusSchedule | None = None, targets: Targets = "feature"
@@ -115,11 +118,12 @@ def load_fvar_checkpoint(path: str | Path, weights: Weights = "ema") -> Pretrain
     checkpoint = read_checkpoint(path)
     networks = checkpoint.get("networks", {})
     if not {"student", "vae"} <= set(networks):
-        raise ValueError(f"checkpoint {str(path)!r} is not of a FVARTask; it holds {sorted(map(str, checkpoint))[:8]}")
-    # Lightning's weight averaging puts the average in the place of the weights
+        held = f"it holds {sorted(map(str, checkpoint))[:8]}"
+        found = "but of a TokenizerTask" if "tokenizer" in checkpoint else held
+        raise ValueError(f"checkpoint {str(path)!r} is not of a FVARTask, {found}")
     state = checkpoint["state_dict"]
     if weights == "raw":
-        state = checkpoint.get("current_model_state", state)
+        state = checkpoint.get(RAW, state)
     var = rebuild(networks["student"], part_of(state, "student"), f"the student in {str(path)!r}")
     vae = rebuild(networks["vae"], part_of(state, "vae"), f"the structure tokenizer in {str(path)!r}")
     assert isinstance(var, VAR)
@@ -128,3 +132,8 @@ def load_fvar_checkpoint(path: str | Path, weights: Weights = "ema") -> Pretrain
     names = arguments.get("class_names") or [str(label) for label in range(var.num_classes)]
     sampling = {name: arguments[name] for name in SAMPLING if name in arguments}
     return Pretrained(var, vae.requires_grad_(False), ModelInfo(list(names), sampling))
+
+
+def has_averages(path: str | Path) -> bool:
+    """Whether training kept averaged weights in a checkpoint."""
+    return RAW in read_checkpoint(path)

@@ -1,18 +1,31 @@
-"""export(): a trained model out of a training checkpoint, in a form to use or to publish."""
+"""`fvar export`: a trained model out of a training checkpoint, in a form to use or to publish."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from fvar_lightning.checkpoints import Weights, load_fvar_checkpoint
+import yaml
+from jsonargparse import ArgumentParser
+
+from fvar_lightning.checkpoints import Weights, has_averages, load_fvar_checkpoint
 from fvar_lightning.official import export_var_checkpoint
-from fvar_lightning.pretrained import save_pretrained, save_safetensors
+from fvar_lightning.pretrained import CONFIG, WEIGHTS, save_pretrained, save_safetensors
+from fvar_lightning.tokenizer.vqvae import VQVAE
+from fvar_lightning.transformer.var import VAR
+
+Format = Literal["pretrained", "safetensors", "var"]
+
+SIZES = ("depth", "width", "heads", "shared_aln", "attn_l2_norm")
+"""Arguments of FVARTask a configuration may name and a checkpoint cannot change."""
 
 
 def export(
     ckpt_path: str,
     output: str,
-    format: Literal["pretrained", "safetensors", "var"] = "pretrained",
+    format: Format = "pretrained",
     weights: Weights = "ema",
+    overwrite: bool = False,
+    config: Sequence[str] = (),
 ) -> None:
     """Write the student and its structure tokenizer from a checkpoint of stage 2.
 
@@ -22,25 +35,108 @@ def export(
         format: 'pretrained': a folder with config.json and model.safetensors, as on the Hugging Face hub;
             'safetensors': one file with the configuration inside; 'var': two files for official VAR's code.
         weights: 'ema': averaged weights where training kept them; 'raw': those of the last step.
+        overwrite: replace files that exist.
+        config: configurations the checkpoint was trained with, later ones overriding. The checkpoint needs none; where
+            they are given, the sizes they name must be its own.
 
     Raises:
-        ValueError: if the checkpoint is not of a FVARTask, or an argument is none of the above.
+        ValueError: if the checkpoint is not of a FVARTask or not of this configuration, an argument is none of the
+            above, or the output exists.
     """
     var, vae, info = load_fvar_checkpoint(ckpt_path, weights)
-    folder = Path(output)
+    check_sizes(var, configured_sizes(config), ckpt_path)
+    files = output_files(output, format, var, vae)
+    existing = [str(file) for file in files if file.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"output exists: {', '.join(existing)}; choose another, or --overwrite true")
     if format == "pretrained":
-        save_pretrained(folder, var, vae, **info._asdict())
-        written = [folder]
+        save_pretrained(output, var, vae, **info._asdict())
     elif format == "safetensors":
-        if folder.suffix != ".safetensors":
-            raise ValueError(f"output must end in .safetensors in this format, got {output!r}")
-        save_safetensors(folder, var, vae, **info._asdict())
-        written = [folder]
-    elif format == "var":
-        ch = vae.encoder.conv_in.out_channels
-        written = [folder / f"vae_ch{ch}v{vae.vocab_size}z{vae.z_channels}.pth", folder / f"var_d{var.depth}.pth"]
-        export_var_checkpoint(vae, var, *written)
+        save_safetensors(output, var, vae, **info._asdict())
     else:
+        export_var_checkpoint(vae, var, *files)
+    which = "averaged" if weights == "ema" and has_averages(ckpt_path) else "last step's"
+    print(f"wrote {' and '.join(map(str, files))} ({which} weights)")
+
+
+def output_files(output: str, format: Format, var: VAR, vae: VQVAE) -> list[Path]:
+    """The files of a format.
+
+    Raises:
+        ValueError: if there is no such format, or `output` is not what it takes.
+    """
+    path = Path(output)
+    if format == "safetensors":
+        if path.suffix != ".safetensors" or path.is_dir():
+            raise ValueError(f"output must be a file that ends in .safetensors in this format, got {output!r}")
+        return [path]
+    names = {
+        "pretrained": (WEIGHTS, CONFIG),
+        "var": (
+            f"vae_ch{vae.encoder.conv_in.out_channels}v{vae.vocab_size}z{vae.z_channels}.pth",
+            f"var_d{var.depth}.pth",
+        ),
+    }
+    if format not in names:
         raise ValueError(f"format must be 'pretrained', 'safetensors' or 'var', got {format!r}")
-    for path in written:
-        print(f"wrote {path}")
+    if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
+        raise ValueError(f"output must be a folder in format {format!r}, got the name of a file, {output!r}")
+    return [path / name for name in names[format]]
+
+
+def configured_sizes(configs: Sequence[str]) -> dict[str, Any]:
+    """The sizes of the student that configurations of stage 2 name, later ones overriding.
+
+    Raises:
+        ValueError: if one does not exist, is no configuration, or is of another task.
+    """
+    sizes: dict[str, Any] = {}
+    for config in configs:
+        model = _read(Path(config)).get("model") or {}
+        if isinstance(model, str):
+            model = _read(Path(config).parent / model)
+        task = str(model.get("class_path", "FVARTask"))
+        if task.split(".")[-1] != "FVARTask":
+            raise ValueError(f"config {config!r} must be of a FVARTask, got one of {task}")
+        arguments = model.get("init_args") or {}
+        sizes |= {name: arguments[name] for name in SIZES if arguments.get(name) is not None}
+    return sizes
+
+
+def check_sizes(var: VAR, sizes: dict[str, Any], source: str) -> None:
+    """Refuse a student of other sizes.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    differing = [f"{name} is {getattr(var, name)}, not {x}" for name, x in sizes.items() if getattr(var, name) != x]
+    if differing:
+        raise ValueError(f"checkpoint {source!r} is not of the given configuration: {', '.join(differing)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"config {str(path)!r} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config {str(path)!r} holds no configuration")
+    return content
+
+
+def export_command(args: list[str]) -> None:
+    """`fvar export` with the given arguments.
+
+    Raises:
+        SystemExit: with status 2 if an argument is refused; the message names it.
+    """
+    parser = ArgumentParser(prog="fvar export", description=(export.__doc__ or "").split("\n")[0])
+    parser.add_argument("-c", "--config", action="append", default=[], help="as above")
+    parser.add_function_arguments(export, as_positional=False, skip={"config"})
+    chosen = parser.parse_args(args).as_dict()
+    try:
+        export(**chosen)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
