@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from evaluation_worker import LAYOUT, write_tokenizers
+from evaluation_worker import LAYOUT, make_task, make_trainer, write_tokenizers
 from fvar_lightning.cli import FVARCommandLine, main, options
 
 CONF = Path(__file__).parent / "conf"
@@ -81,6 +82,26 @@ def test_moved_tokenizers_are_found_where_the_command_line_says(
     where = [f"--model.{kind}_tokenizer={moved / kind}_new.ckpt" for kind in ("structure", "alias")]
     cli = run("predict", image_folder, tmp_path, *where, f"--ckpt_path={moved / 'last.ckpt'}")
     assert cli.model.hparams["structure_tokenizer"] == str(moved / "structure_new.ckpt")
+
+
+def test_checkpoints_of_a_trainer_in_python_are_taken(trained: Path, image_folder: Path, tmp_path: Path) -> None:
+    task = make_task([str(trained / f"{kind}.ckpt") for kind in ("structure", "alias")])
+    trainer = make_trainer(tmp_path, [], logger=False)
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(tmp_path / "python.ckpt")
+    cli = run("predict", image_folder, tmp_path, *tokenizers(trained), f"--ckpt_path={tmp_path / 'python.ckpt'}")
+    assert cli.model.student.depth == 2, "not the 3 of the configuration file"
+    assert torch.equal(cli.model.student.head.weight, task.student.head.weight)
+
+
+@pytest.mark.parametrize("command", ["predict", "fit"])
+def test_what_is_no_checkpoint_is_named(
+    command: str, trained: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.ckpt").write_bytes((trained / "last.ckpt").read_bytes()[:1000])
+    with pytest.raises(SystemExit):
+        run(command, image_folder, tmp_path, *tokenizers(trained), f"--ckpt_path={tmp_path / 'broken.ckpt'}")
+    assert f"checkpoint '{tmp_path / 'broken.ckpt'}' cannot be read as weights" in capsys.readouterr().err
 
 
 def test_another_network_than_the_checkpoints_is_not_loaded(trained: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fvar_lightning.checkpoints import read_checkpoint
 from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
 from fvar_lightning.evaluation.callbacks import (
     AliasMetrics,
@@ -58,23 +59,41 @@ class FVARCommandLine(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Keep the ``--model`` options beside the configuration, of which the checkpoint will overwrite them."""
+        """Set the checkpoint aside, whose hyper-parameters LightningCLI would put on top of all else."""
         super().parse_arguments(parser, args)
         self.model_options = options(args, "model") if isinstance(args, list) else []
+        self.ckpt_path = self.config[self.config["subcommand"]].pop("ckpt_path", None)
 
     def before_instantiate_classes(self) -> None:
-        """Apply the ``--model`` options again, on top of the checkpoint's hyper-parameters; tell what they change."""
+        """Put the checkpoint's hyper-parameters on top of files, the options on top of those; tell what these change.
+
+        Raises:
+            SystemExit: if the file is no checkpoint, or not of this task.
+        """
         command = str(self.subcommand)
-        if not (self.model_options and self.config[command].get("ckpt_path")):
-            return
-        stored = dict(self.config.items())
-        self.config = self.parser.parse_args([command, *self.model_options], self.config)
-        for name, value in self.config.items():
-            if value != stored.get(name):
-                rank_zero_info(
-                    f"{name.removeprefix(f'{command}.')}: {value!r} of the command line replaces the checkpoint's "
-                    f"{stored.get(name)!r}"
-                )
+        if self.ckpt_path is not None and Path(self.ckpt_path).is_file():
+            self._add_hyper_parameters(command, self.ckpt_path)
+            stored = dict(self.config.items())
+            self.config = self.parser.parse_args([command, *self.model_options], self.config)
+            for name, value in self.config.items():
+                if value != stored.get(name):
+                    rank_zero_info(
+                        f"{name.removeprefix(f'{command}.')}: {value!r} of the command line replaces the checkpoint's "
+                        f"{stored.get(name)!r}"
+                    )
+        self.config[command]["ckpt_path"] = self.ckpt_path
+
+    def _add_hyper_parameters(self, command: str, ckpt_path: str) -> None:
+        try:
+            found = read_checkpoint(ckpt_path).get("hyper_parameters", {})
+        except ValueError as error:
+            self.parser.error(str(error))
+        # a run of Trainer in Python keeps no class; names with an underscore are Lightning's own
+        kind = found.get("_class_path") or self.config[command]["model"]["class_path"]
+        arguments = {name: value for name, value in found.items() if not name.startswith("_")}
+        self.config = self.parser.parse_object(
+            {command: {"model": {"class_path": kind, "init_args": arguments}}}, self.config
+        )
 
     def load_weights_only(self) -> None:
         """Have checkpoints read as tensors and plain values, never as code."""
