@@ -490,6 +490,8 @@ def test_bars_are_as_high_as_their_values() -> None:
     half = chart.shape[1] // 2 + 20
     low, high = (blue[:, part].any(1).sum() for part in (slice(None, half), slice(half, None)))
     assert low / high == pytest.approx(0.25, abs=0.02)
+    unseen = np.asarray(bar_chart({"unseen": float("nan")}, "title"))
+    assert (unseen == (31, 119, 180)).all(-1).any(1).sum() <= 1, "the axis, no bar"
     with pytest.raises(ValueError, match="values must not be empty"):
         bar_chart({}, "title")
 

@@ -1,5 +1,6 @@
 """Plots that need nothing but Pillow: bars of shares, curves of power spectra."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -26,7 +27,7 @@ def _ticks(draw: ImageDraw.ImageDraw, font: object, low: float, high: float) -> 
 
 
 def bar_chart(values: Mapping[str, float], title: str) -> Image.Image:
-    """One bar for each name, of values in [0, 1].
+    """One bar for each name, of values in [0, 1]; none for NaN, which there is of what was not seen.
 
     Raises:
         ValueError: without values.
@@ -39,7 +40,7 @@ def bar_chart(values: Mapping[str, float], title: str) -> Image.Image:
     bottom = HEIGHT - BOTTOM
     for i, (name, value) in enumerate(values.items()):
         x = LEFT + i * step
-        top = bottom - (bottom - TOP) * min(max(value, 0.0), 1.0)
+        top = bottom - (bottom - TOP) * (0.0 if math.isnan(value) else min(max(value, 0.0), 1.0))
         draw.rectangle((x + 0.15 * step, top, x + 0.85 * step, bottom), COLORS[0])
         draw.text((x + step / 2, bottom + 6), name, INK, font, anchor="mt")
         draw.text((x + step / 2, top - 3), f"{value:.2f}", INK, font, anchor="mb")
