@@ -439,6 +439,7 @@ def test_tokenizer_pictures_and_reconstruct(image_folder: Path, tmp_path: Path) 
     trainer.validate(task, make_data(image_folder), verbose=False)
     folder = tmp_path / "logs" / "version_0" / "pictures"
     assert {p.name for p in folder.iterdir()} == {"val_reconstructions-0000000.png", "val_usage-0000000.png"}
+    task.tokenizer.codebook.updates.fill_(2000)  # the warm-up, in which there are no tokens, is over
     data = make_data(image_folder)
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     stages = task.eval().reconstruct(batch)
