@@ -32,6 +32,7 @@ from golden.recipe import (
 
 GOLDEN = Path(__file__).parent / "golden"
 VAR_REPO = os.environ.get("VAR_REPO")
+needs_official = pytest.mark.skipif(VAR_REPO is None, reason="VAR_REPO names no checkout of the official code")
 
 
 def fresh(config: Config) -> tuple[VQVAE, VAR]:
@@ -145,7 +146,26 @@ def test_generation(case: Case, run: str) -> None:
         np.testing.assert_allclose(probe(image), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(VAR_REPO is None, reason="VAR_REPO names no checkout of the official code")
+@needs_official
+@torch.no_grad()
+def test_official_code_answers_the_same_in_every_number(case: Case) -> None:
+    """What the golden files hold probes of."""
+    from golden.official import official_by_recipe
+
+    vae, var = official_by_recipe(str(VAR_REPO), case.name)
+    tokens = vae.img_to_idxBl(images(case.name))
+    for ours, theirs in zip(case.vae.encode(images(case.name)), tokens, strict=True):
+        assert torch.equal(ours, theirs)
+    made = vae.idxBl_to_img(tokens, same_shape=True, last_one=True)
+    torch.testing.assert_close(case.vae.decode(tokens), made, rtol=0, atol=1e-4)
+    inputs = vae.quantize.idxBl_to_var_input(tokens)
+    torch.testing.assert_close(case.vae.var_inputs(tokens), inputs, rtol=0, atol=1e-5)
+    logits = var(labels(case.config), inputs)
+    relative = (case.var(labels(case.config), inputs) - logits).abs().amax(-1) / logits.abs().amax(-1)
+    assert relative.max() < 1e-4
+
+
+@needs_official
 @torch.no_grad()
 def test_official_code_runs_exported_files(case: Case, tmp_path: Path) -> None:
     from golden.official import build_official
