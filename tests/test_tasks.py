@@ -231,6 +231,14 @@ def test_swapped_or_missing_tokenizers_are_named(trained: dict[str, Path], tmp_p
         FVARTask(structure_tokenizer=str(broken))
 
 
+def test_a_checkpoint_of_another_width_is_refused(stage2: Path) -> None:
+    with pytest.raises(
+        ValueError, match="the checkpoint is of another student: heads is 2, not 4, width is 32, not 64"
+    ):
+        FVARTask.load_from_checkpoint(stage2, width=64, heads=4, weights_only=True)
+    assert FVARTask.load_from_checkpoint(stage2, drop_path_rate=0.3, weights_only=True).student.width == 32
+
+
 def test_parameter_groups_spare_biases_and_positions(trained: dict[str, Path]) -> None:
     task = make_task(trained)
     decayed, free = (set(map(id, group["params"])) for group in parameter_groups([task.student]))

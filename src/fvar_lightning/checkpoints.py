@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fvar_lightning.describe import check_weights, describe, rebuild
+from fvar_lightning.describe import check_weights, describe, differences, rebuild
 from fvar_lightning.files import read_checkpoint
 from fvar_lightning.official import is_official, load_vae, read_var
 from fvar_lightning.pretrained import SAMPLING, ModelInfo, Pretrained, is_pretrained, part_of, read_pretrained
@@ -72,13 +72,9 @@ def load_initial_weights(var: VAR, path: str | Path) -> None:
         ValueError: if the file holds no transformer, or one of other sizes; the message names them.
     """
     description, weights = _read_transformer(path, var)
-    differing = [
-        f"{name} is {description.get(name)}, not {value}"
-        for name, value in describe(var).items()
-        if name not in ("num_classes", "drop_path_rate") and description.get(name) != value
-    ]
-    if differing:
-        raise ValueError(f"the transformer in {str(path)!r} is another: {', '.join(differing)}")
+    fixed = {name: x for name, x in describe(var).items() if name not in ("num_classes", "drop_path_rate")}
+    if differing := differences(description, fixed):
+        raise ValueError(f"the transformer in {str(path)!r} is another: {differing}")
     own = var.state_dict()
     classes = "class_emb.weight"
     if description["num_classes"] != var.num_classes:

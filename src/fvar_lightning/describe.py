@@ -101,6 +101,12 @@ def check_weights(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor
         raise ValueError(f"{source} does not fit: {'; '.join(differences)}")
 
 
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What two descriptions both name and disagree in, for a message: "width is 32, not 64"; empty if nothing."""
+    unequal = [name for name in wanted if name in found and found[name] != wanted[name]]
+    return ", ".join(f"{name} is {found[name]}, not {wanted[name]}" for name in unequal)
+
+
 def autoencoder_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """``ch``, ``ch_mult`` and ``num_res_blocks`` of the encoder in a tokenizer's weights, whose names are VAR's."""
     ch = weights["encoder.conv_in.weight"].shape[0]

@@ -8,6 +8,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from fvar_lightning.checkpoints import Weights, has_averages, load_fvar_checkpoint
+from fvar_lightning.describe import describe, differences
 from fvar_lightning.official import export_var_checkpoint
 from fvar_lightning.pretrained import CONFIG, WEIGHTS, save_pretrained, save_safetensors
 from fvar_lightning.tokenizer.vqvae import VQVAE
@@ -44,7 +45,8 @@ def export(
             above, or the output exists.
     """
     var, vae, info = load_fvar_checkpoint(ckpt_path, weights)
-    check_sizes(var, configured_sizes(config), ckpt_path)
+    if differing := differences(describe(var), configured_sizes(config)):
+        raise ValueError(f"checkpoint {ckpt_path!r} is not of the given configuration: {differing}")
     files = output_files(output, format, var, vae)
     existing = [str(file) for file in files if file.exists()]
     if existing and not overwrite:
@@ -103,17 +105,6 @@ def configured_sizes(configs: Sequence[str]) -> dict[str, Any]:
     return sizes
 
 
-def check_sizes(var: VAR, sizes: dict[str, Any], source: str) -> None:
-    """Refuse a student of other sizes.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    differing = [f"{name} is {getattr(var, name)}, not {x}" for name, x in sizes.items() if getattr(var, name) != x]
-    if differing:
-        raise ValueError(f"checkpoint {source!r} is not of the given configuration: {', '.join(differing)}")
-
-
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config {str(path)!r} does not exist")
@@ -133,7 +124,13 @@ def export_command(args: list[str]) -> None:
         SystemExit: with status 2 if an argument is refused; the message names it.
     """
     parser = ArgumentParser(prog="fvar export", description=(export.__doc__ or "").split("\n")[0])
-    parser.add_argument("-c", "--config", action="append", default=[], help="as above")
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        help="configuration the checkpoint was trained with, which its sizes must be those of; may be repeated",
+    )
     parser.add_function_arguments(export, as_positional=False, skip={"config"})
     chosen = parser.parse_args(args).as_dict()
     try:

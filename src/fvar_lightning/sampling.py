@@ -37,7 +37,10 @@ def guidance_scales(guidance: float | Sequence[float], num_scales: int) -> list[
     Raises:
         ValueError: for a negative or infinite strength, or a sequence that has not S entries.
     """
-    strengths = ramp(guidance, num_scales) if isinstance(guidance, int | float) else [float(t) for t in guidance]
+    try:
+        strengths = ramp(guidance, num_scales) if isinstance(guidance, int | float) else [float(t) for t in guidance]
+    except (TypeError, ValueError):
+        strengths = []
     if len(strengths) != num_scales or not all(0 <= t < float("inf") for t in strengths):
         raise ValueError(
             f"guidance must be a finite number from 0, or one for each of the {num_scales} scales, got {guidance!r}"

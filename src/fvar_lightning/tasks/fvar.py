@@ -15,7 +15,7 @@ from fvar_lightning.checkpoints import load_initial_weights, load_tokenizer
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.datamodule import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
-from fvar_lightning.describe import describe
+from fvar_lightning.describe import describe, differences
 from fvar_lightning.sampling import generate, generate_stages
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
@@ -189,6 +189,16 @@ class FVARTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files."""
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another student.
+
+        Raises:
+            ValueError: naming the sizes that differ.
+        """
+        sizes = {name: x for name, x in describe(self.student).items() if name != "drop_path_rate"}
+        if differing := differences(checkpoint.get("networks", {}).get("student", {}), sizes):
+            raise ValueError(f"the checkpoint is of another student: {differing}")
 
     def train(self, mode: bool = True) -> "FVARTask":
         """Training mode, but never for the frozen tokenizers."""
