@@ -63,7 +63,6 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVAR
     args = [
         "fit",
         f"--config={config}",
-        *arguments,
         f"--trainer.max_steps={steps}",
         f"--trainer.default_root_dir={own}",
         "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
@@ -74,6 +73,7 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVAR
     if stage != "fvar":
         warmup = content["model"]["init_args"]["warmup_steps"]
         args.append(f"--model.warmup_steps={min(warmup, steps // 2)}")
+    args += arguments
     last = own / "last.ckpt"
     done = 0
     if last.is_file():

@@ -27,10 +27,16 @@ class Quantized(NamedTuple):
 
 
 class Phi(nn.Conv2d):
-    """Half identity, half a 3 x 3 convolution: repairs what the up-sampling of a token map blurs."""
+    """Half identity, half a 3 x 3 convolution: repairs what the up-sampling of a token map blurs.
+
+    It begins as the identity, so that token maps add up from the first step.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
+        assert self.bias is not None
+        nn.init.dirac_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x + 0.5 * super().forward(x)

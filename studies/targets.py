@@ -1,0 +1,139 @@
+"""Compares the three targets of the structure tokenizer, at the quickstart's sizes and with the same budget.
+
+    python studies/targets.py scenes128 --images ../shared/data/scenes128 --output targets
+    python studies/targets.py FashionMNIST --images ../shared/data/fashion_mnist --output targets
+
+For every target and seed: a structure tokenizer, its figures on the validation images, a student alone (no teacher) on
+its tokens, and the Frechet distance of what that generates to the training images. Beside them the same autoencoder
+without a quantiser, and the alias tokenizer. Prints a Markdown table. Every step is kept as soon as it is done: the
+same command goes on where it was stopped, and two with different --seeds may run at once.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from fvar_lightning.cli import configs
+from fvar_lightning.quickstart import run, train
+
+VARIANTS = ("view", "full", "feature", "unquantised", "alias")
+QUICKSTART = configs() / "quickstart"
+GENERATED = 1300
+"""Images, more than the extractor has features."""
+
+SETS = {
+    "scenes128": [f"--data={QUICKSTART / 'data.yaml'}"],
+    "FashionMNIST": [f"--data={configs() / 'data' / 'torchvision32.yaml'}", "--data.batch_size=16"],
+}
+NETWORKS = {"scenes128": [], "FashionMNIST": ["--model.ch_mult=[1, 2, 4]"]}
+
+
+def images_of(name: str, folder: str, seed: int) -> list[str]:
+    """Arguments that choose the images."""
+    where = [f"--data.root={folder}"] if name == "FashionMNIST" else [f"--data.source={folder}"]
+    return [*SETS[name], *where, f"--data.seed={seed}"]
+
+
+def tokenizer_of(name: str, variant: str, seed: int) -> list[str]:
+    """Arguments that choose the tokenizer."""
+    if variant == "alias":
+        return [f"--model.seed={seed}"]
+    target = "view" if variant == "unquantised" else variant
+    never = ["--model.warmup_steps=1000000"] if variant == "unquantised" else []
+    return [f"--model.seed={seed}", f"--model.targets={target}", *NETWORKS[name], *never]
+
+
+def tokenizer_figures(variant: str, folder: Path, arguments: list[str], effort: float) -> dict[str, float]:
+    """Train a tokenizer, then validate it."""
+    stage = "alias" if variant == "alias" else "structure"
+    train(stage, folder, effort, [*arguments, "--trainer.limit_val_batches=0"])
+    metrics = [] if stage == "alias" else ["--trainer.callbacks=ReconstructionMetrics"]
+    found = validate(QUICKSTART / f"{stage}.yaml", folder, [*arguments, *metrics], folder / stage / "last.ckpt")
+    return {name: value for name, value in found.items() if value == value}
+
+
+def student_figures(folder: Path, images: list[str], seed: int, effort: float) -> dict[str, float]:
+    """Train a student alone on a tokenizer's tokens, then judge what it generates."""
+    alone = f"--config={configs() / 'ablation' / 'no_teacher.yaml'}"
+    tokenizer = f"--model.structure_tokenizer={folder / 'structure' / 'last.ckpt'}"
+    arguments = [alone, *images, tokenizer, f"--model.seed={seed}"]
+    train("fvar", folder, effort, [*arguments, "--trainer.limit_val_batches=0"])
+    metrics = ["--trainer.callbacks=GenerationMetrics", f"--trainer.callbacks.num_samples={GENERATED}"]
+    return validate(QUICKSTART / "fvar.yaml", folder, [*arguments, *metrics], folder / "fvar" / "last.ckpt")
+
+
+def validate(config: Path, folder: Path, arguments: list[str], checkpoint: Path) -> dict[str, float]:
+    """`fvar validate` on 2000 images at most: its figures."""
+    common = ["--trainer.logger=false", f"--trainer.default_root_dir={folder}", "--trainer.limit_val_batches=125"]
+    cli = run(["validate", f"--config={config}", *arguments, *common, f"--ckpt_path={checkpoint}"])
+    return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+
+
+def write(path: Path, contents: dict) -> None:
+    """JSON, there whole or not at all."""
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(contents, indent=1))
+    os.replace(beside, path)
+
+
+def study(name: str, variant: str, seed: int, source: str, folder: Path, effort: float) -> None:
+    """One run, or what of it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = images_of(name, source, seed)
+    seeded = [f"--seed_everything={seed}", *images]
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        arguments = [*seeded, *tokenizer_of(name, variant, seed)]
+        write(path, tokenizer_figures(variant, folder, arguments, effort))
+    path = folder / "student.json"
+    if variant in ("view", "full", "feature") and not path.is_file():
+        write(path, student_figures(folder, seeded, seed, effort))
+
+
+def table(folder: Path, kind: Sequence[str]) -> str:
+    """Markdown: mean and standard deviation over the seeds of every figure."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for variant in kind:
+        figures: dict[str, list[float]] = {}
+        for path in sorted(folder.glob(f"{variant}/*/*.json")):
+            for name, value in json.loads(path.read_text()).items():
+                if path.stem == "tokenizer" or "fd_" in name:
+                    figures.setdefault(f"{path.stem} {name.removeprefix('val/')}", []).append(value)
+        rows[variant] = figures
+    columns = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    lines = [f"| figure | {' | '.join(rows)} |", "|" + "---|" * (len(rows) + 1)]
+    for column in columns:
+        cells = [_cell(figures.get(column, [])) for figures in rows.values()]
+        lines.append(f"| {column} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{mean(values):.4g}{spread} ({len(values)})"
+
+
+def main(args: Sequence[str] | None = None) -> str:
+    """Runs what is missing, and returns the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("--images", required=True, help="folder of the images, or root of the torchvision data set")
+    parser.add_argument("--output", default="targets", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--effort", type=float, default=1.0, help="factor on the quickstart's numbers of steps")
+    options = parser.parse_args(args)
+    folder = options.output / options.set
+    for seed in options.seeds:
+        for variant in options.variants:
+            study(options.set, variant, seed, options.images, folder / variant / str(seed), options.effort)
+    return f"{table(folder, VARIANTS[:4])}\n\n{table(folder, VARIANTS[4:])}"
+
+
+if __name__ == "__main__":
+    print(main())
