@@ -21,14 +21,26 @@ from fvar_lightning.quickstart import run, train
 
 VARIANTS = ("view", "full", "feature", "unquantised", "alias")
 QUICKSTART = configs() / "quickstart"
-GENERATED = 1300
-"""Images, more than the extractor has features."""
+GENERATED = 640
+"""Images. Fewer than the extractor's features: the Frechet distances compare among themselves only."""
 
 SETS = {
     "scenes128": [f"--data={QUICKSTART / 'data.yaml'}"],
     "FashionMNIST": [f"--data={configs() / 'data' / 'torchvision32.yaml'}", "--data.batch_size=16"],
 }
 NETWORKS = {"scenes128": [], "FashionMNIST": ["--model.ch_mult=[1, 2, 4]"]}
+
+SHOWN = {
+    "tokenizer psnr": "PSNR, dB",
+    "tokenizer ssim": "SSIM",
+    "tokenizer high_band": "high band, dB",
+    "tokenizer fd_": "reconstructions: Frechet distance, ",
+    "tokenizer usage/": "usage ",
+    "tokenizer snr/": "SNR, dB, ",
+    "student fd_": "generated: Frechet distance, ",
+    "student kd_": "generated: kernel distance, ",
+}
+"""Figures in the table, by file and beginning of the name, and what they are called there."""
 
 
 def images_of(name: str, folder: str, seed: int) -> list[str]:
@@ -93,22 +105,26 @@ def study(name: str, variant: str, seed: int, source: str, folder: Path, effort:
         write(path, student_figures(folder, seeded, seed, effort))
 
 
-def table(folder: Path, kind: Sequence[str]) -> str:
-    """Markdown: mean and standard deviation over the seeds of every figure."""
-    rows: dict[str, dict[str, list[float]]] = {}
-    for variant in kind:
-        figures: dict[str, list[float]] = {}
-        for path in sorted(folder.glob(f"{variant}/*/*.json")):
-            for name, value in json.loads(path.read_text()).items():
-                if path.stem == "tokenizer" or "fd_" in name:
-                    figures.setdefault(f"{path.stem} {name.removeprefix('val/')}", []).append(value)
-        rows[variant] = figures
-    columns = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+def table(folder: Path, variants: Sequence[str]) -> str:
+    """Markdown: mean and standard deviation over the seeds of every figure, and how many seeds."""
+    rows = {variant: figures(folder / variant) for variant in variants}
+    columns = list(dict.fromkeys(name for found in rows.values() for name in found))
     lines = [f"| figure | {' | '.join(rows)} |", "|" + "---|" * (len(rows) + 1)]
     for column in columns:
-        cells = [_cell(figures.get(column, [])) for figures in rows.values()]
-        lines.append(f"| {column} | {' | '.join(cells)} |")
+        lines.append(f"| {column} | {' | '.join(_cell(found.get(column, [])) for found in rows.values())} |")
     return "\n".join(lines)
+
+
+def figures(folder: Path) -> dict[str, list[float]]:
+    """What the table shows of a variant, one value for every seed."""
+    found: dict[str, list[float]] = {}
+    for name, title in SHOWN.items():
+        stage, _, figure = name.partition(" ")
+        contents = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{stage}.json"))]
+        for key in contents[0] if contents else ():
+            if key.startswith(f"val/{figure}"):
+                found[title + key.removeprefix(f"val/{figure}")] = [values[key] for values in contents]
+    return found
 
 
 def _cell(values: list[float]) -> str:

@@ -70,15 +70,15 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVAR
         "--trainer.logger.name=logs",
         f"--trainer.callbacks.dirpath={own}",
     ]
-    if stage != "fvar":
-        warmup = content["model"]["init_args"]["warmup_steps"]
-        args.append(f"--model.warmup_steps={min(warmup, steps // 2)}")
-    args += arguments
     last = own / "last.ckpt"
     done = 0
     if last.is_file():
         done = read_checkpoint(last)["global_step"]
         args.append(f"--ckpt_path={last}")
+    elif stage != "fvar":
+        warmup = content["model"]["init_args"]["warmup_steps"]
+        args.append(f"--model.warmup_steps={min(warmup, steps // 2)}")
+    args += arguments
     start = perf_counter()
     cli = run(args)
     if cli.trainer.global_step > done:
