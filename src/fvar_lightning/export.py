@@ -46,7 +46,10 @@ def export(
     """
     var, vae, info = load_fvar_checkpoint(ckpt_path, weights)
     if differing := differences(describe(var), configured_sizes(config)):
-        raise ValueError(f"checkpoint {ckpt_path!r} is not of the given configuration: {differing}")
+        raise ValueError(
+            f"checkpoint {ckpt_path!r} is not of the given configuration: {differing}; "
+            "where that was overridden on the command line, leave the configuration out"
+        )
     files = output_files(output, format, var, vae)
     existing = [str(file) for file in files if file.exists()]
     if existing and not overwrite:
