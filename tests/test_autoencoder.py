@@ -1,4 +1,4 @@
-"""The fast ways of the autoencoder on a CPU are the plain ones."""
+"""The fast ways of the autoencoder on a CPU are the plain ones, and how it begins."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvar_lightning.tokenizer.autoencoder import Decoder, GroupNorm, Upsample2x
+from fvar_lightning.tokenizer.autoencoder import Decoder, Encoder, GroupNorm, Upsample2x
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -74,3 +74,16 @@ def test_decoding_without_gradients_is_decoding() -> None:
     for found in (plain, fast):
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-6)
     torch.testing.assert_close(exact(z), expected, rtol=0, atol=1e-13)
+
+
+@torch.no_grad()
+def test_residual_branches_begin_at_zero_and_convolutions_keep_the_variance() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(16, (1, 2), 1, 8, norm_groups=4)
+    x = random(4, 16, 12, 12, dtype=torch.float32)
+    first, second = (level.block[0] for level in encoder.down)
+    assert torch.equal(first(x), x)
+    assert torch.equal(second(x), second.nin_shortcut(x))
+    assert torch.equal(encoder.mid.attn_1(y := second(x)), y)
+    assert second(x).std() == pytest.approx(1, abs=0.2)
+    assert first.conv1(x)[..., 1:-1, 1:-1].std() == pytest.approx(1, abs=0.2)

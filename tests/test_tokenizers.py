@@ -156,6 +156,12 @@ def test_warm_up_is_unquantised_then_initialises(generator: torch.Generator) -> 
     assert not torch.equal(before, vae.quantizer.codebook.embedding.weight)
 
 
+def test_phi_begins_as_the_identity(generator: torch.Generator) -> None:
+    quantizer = MultiScaleQuantizer((1, 2, 4), Codebook(8, 3))
+    code, f_hat = torch.randn(2, 3, 2, 2, generator=generator), torch.randn(2, 3, 4, 4, generator=generator)
+    torch.testing.assert_close(quantizer.add(f_hat, code, 1), f_hat + quantizer.up(code))
+
+
 def test_cosine_look_up_takes_the_smallest_angle(generator: torch.Generator) -> None:
     codebook = Codebook(16, 3, cosine=True)
     vectors = torch.randn(50, 3, generator=generator)
