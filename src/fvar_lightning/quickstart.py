@@ -169,6 +169,7 @@ def report_text(folder: Path, curves: dict[str, dict[str, list[tuple[int, float]
     lines = ["# Quickstart report", ""]
     for picture in ("pyramid", "reconstructions", "samples", "losses"):
         lines += [f"![{picture}]({picture}.png)", ""]
+    lines += ["A tokenizer's first steps are un-quantised; its losses jump where its codes come in.", ""]
     for stage, found in curves.items():
         lines += [
             f"## {stage} ({seconds.get(stage, 0):.0f} s)",
