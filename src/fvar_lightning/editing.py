@@ -59,7 +59,7 @@ def edit(
         labels: (B,) int64, the class of the new content; ``None``: class-free.
         method: how the kept part is forced.
         feather: pixels of the hole along its border over which the new content is shifted to meet the kept pixels,
-            see `composite`; ``None``: the tokenizer's patch size, 0: none.
+            see `composite`; ``None``: the side of the image, so that the whole hole is, the far ends less; 0: none.
         psf: point-spread function the tokenizer was trained with, see `Refocus`; targets ``feature`` use none.
         guidance, top_k, top_p, seeds, generator, more_smooth: of `generate`.
 
@@ -68,7 +68,7 @@ def edit(
     """
     check_models(var, vae)
     size = vae.schedule.image_size
-    feather = vae.schedule.patch_size if feather is None else feather
+    feather = size if feather is None else feather
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if feather < 0:
@@ -152,10 +152,13 @@ def composite(images: Tensor, generated: Tensor, hole: Tensor, feather: int) -> 
     """
     generated = generated.to(images.dtype)
     reached = (~hole).to(images.dtype)
-    weight = torch.zeros_like(reached)
+    distance = torch.zeros_like(reached)
     for _ in range(feather):
+        if reached.all():
+            break
+        distance += 1 - reached
         reached = F.max_pool2d(reached, 3, stride=1, padding=1)
-        weight = weight + reached / (feather + 1)
+    weight = 1 - (distance + 1 - reached) / (feather + 1)
     shift = fill_hole(images - generated, hole)
     return torch.where(hole, (generated + weight * shift).clamp(-1, 1), images)
 
