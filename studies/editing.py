@@ -8,7 +8,6 @@ as soon as it is done: the same command goes on where it was stopped.
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +25,7 @@ from fvar_lightning.data.datamodule import to_unit_range
 from fvar_lightning.editing import Method, composite, edit, fill_hole
 from fvar_lightning.evaluation.extractors import EfficientNetLite0, to_uint8
 from fvar_lightning.evaluation.generation import frechet_distance
+from fvar_lightning.evaluation.report import write_json
 from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics
 from fvar_lightning.pictures import tile
 
@@ -123,13 +123,6 @@ def validation_images(data: ImageDataModule, limit: int | None) -> Tensor:
     return torch.stack([dataset[i][0] for i in order[:limit]])
 
 
-def write(path: Path, contents: dict) -> None:
-    """JSON, there whole or not at all."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(contents, indent=1))
-    os.replace(beside, path)
-
-
 def table(rows: dict[str, dict]) -> str:
     """Markdown."""
     figures = list(next(iter(rows.values())))
@@ -188,7 +181,7 @@ def main(args: Sequence[str] | None = None) -> str:
             if f"{mask}: {name}" not in results["rows"]:
                 row = measure(way, mask, images, real, extractor, options.batch_size)
                 results["rows"][f"{mask}: {name}"] = row
-                write(path, results)
+                write_json(path, results)
         if not (drawn := options.output / f"{mask}.png").is_file():
             picture(mask, made, images, drawn)
     return table(results["rows"])

@@ -4,19 +4,19 @@
     python studies/targets.py FashionMNIST --images ../shared/data/fashion_mnist --output targets
 
 For every target and seed: a structure tokenizer, its figures on the validation images, a student alone (no teacher) on
-its tokens, and the Frechet distance of what that generates to the training images. Beside them the same autoencoder
+its tokens, and the Frechet distance of what that generates to the validation images. Beside them the same autoencoder
 without a quantiser, and the alias tokenizer. Prints a Markdown table. Every step is kept as soon as it is done: the
 same command goes on where it was stopped, and two with different --seeds may run at once.
 """
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 from fvar_lightning.cli import configs
+from fvar_lightning.evaluation.report import write_json
 from fvar_lightning.quickstart import run, train
 
 VARIANTS = ("view", "full", "feature", "unquantised", "alias")
@@ -73,7 +73,8 @@ def student_figures(folder: Path, images: list[str], seed: int, effort: float) -
     tokenizer = f"--model.structure_tokenizer={folder / 'structure' / 'last.ckpt'}"
     arguments = [alone, *images, tokenizer, f"--model.seed={seed}"]
     train("fvar", folder, effort, [*arguments, "--trainer.limit_val_batches=0"])
-    metrics = ["--trainer.callbacks=GenerationMetrics", f"--trainer.callbacks.num_samples={GENERATED}"]
+    metrics = ["--trainer.callbacks=GenerationMetrics", "--trainer.callbacks.real=val"]
+    metrics.append(f"--trainer.callbacks.num_samples={GENERATED}")
     return validate(QUICKSTART / "fvar.yaml", folder, [*arguments, *metrics], folder / "fvar" / "last.ckpt")
 
 
@@ -84,13 +85,6 @@ def validate(config: Path, folder: Path, arguments: list[str], checkpoint: Path)
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
-def write(path: Path, contents: dict) -> None:
-    """JSON, there whole or not at all."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(contents, indent=1))
-    os.replace(beside, path)
-
-
 def study(name: str, variant: str, seed: int, source: str, folder: Path, effort: float) -> None:
     """One run, or what of it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,10 +93,10 @@ def study(name: str, variant: str, seed: int, source: str, folder: Path, effort:
     path = folder / "tokenizer.json"
     if not path.is_file():
         arguments = [*seeded, *tokenizer_of(name, variant, seed)]
-        write(path, tokenizer_figures(variant, folder, arguments, effort))
+        write_json(path, tokenizer_figures(variant, folder, arguments, effort))
     path = folder / "student.json"
     if variant in ("view", "full", "feature") and not path.is_file():
-        write(path, student_figures(folder, seeded, seed, effort))
+        write_json(path, student_figures(folder, seeded, seed, effort))
 
 
 def table(folder: Path, variants: Sequence[str]) -> str:

@@ -11,7 +11,6 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fvar_lightning.checkpoints import read_checkpoint
 from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
 from fvar_lightning.evaluation.callbacks import (
     AliasMetrics,
@@ -22,6 +21,7 @@ from fvar_lightning.evaluation.callbacks import (
 )
 from fvar_lightning.evaluation.extractors import EfficientNetLite0, Inception
 from fvar_lightning.export import export_command
+from fvar_lightning.files import read_checkpoint
 from fvar_lightning.memory import keep_memory
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask

@@ -6,12 +6,13 @@ from time import perf_counter
 
 import torch
 import yaml
+from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
-from fvar_lightning.checkpoints import read_checkpoint
 from fvar_lightning.cli import FVARCommandLine, configs, main
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.data.datamodule import ImageDataModule
+from fvar_lightning.files import read_checkpoint
 from fvar_lightning.pictures import plot_losses, pyramid, read_metrics, tile
 from fvar_lightning.sampling import generate_stages
 from fvar_lightning.tasks.fvar import FVARTask
@@ -22,7 +23,7 @@ MAX_CLASSES = 8
 SAMPLES = 6
 
 
-def quickstart(source: str = "photographs", output: str = "quickstart", effort: float = 1.0) -> None:
+def quickstart(source: str = "photographs", output: str = "quickstart", effort: PositiveFloat = 1.0) -> None:
     """Train both tokenizers and the teacher-student stage, then write pictures and a report.
 
     Called again with the same output folder it continues where it was stopped.

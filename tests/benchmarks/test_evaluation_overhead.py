@@ -4,7 +4,7 @@ The student is the size of the quickstart's (64 px, depth 8, width 192), random.
 pinned Xeon core: 512 images 4.2 % of the generation's 21.5 s, 2000 images 2.0 % of 78.6 s, alias figures 2 %.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -59,14 +59,6 @@ class Clock:
         result = self.function(*args, **kwargs)
         self.seconds += process_time() - start
         return result
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.benchmark

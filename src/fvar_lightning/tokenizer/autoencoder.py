@@ -155,7 +155,7 @@ class Middle(nn.Module):
 def initialise(network: nn.Module) -> None:
     """Convolutions that keep the variance, residual branches that begin at zero (Goyal et al. 2017, section 5.1).
 
-    Measured on 64 px, ch 16, no quantiser: 21.1 dB after 100 steps, where torch's own initialisation gives 16.1.
+    From torch's own initialisation small networks take several times the steps to the same reconstruction.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

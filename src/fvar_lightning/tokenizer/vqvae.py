@@ -73,7 +73,7 @@ class VQVAE(nn.Module):
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.quantizer = MultiScaleQuantizer(
-            schedule.patch_nums, Codebook(vocab_size, z_channels, **codebook), num_phi=num_phi
+            schedule.patch_nums, Codebook(vocab_size, z_channels, cosine=False, **codebook), num_phi=num_phi
         )
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
