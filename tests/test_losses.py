@@ -1,4 +1,4 @@
-"""Perceptual and adversarial losses."""
+"""Pixel, texture, perceptual and adversarial losses."""
 
 import copy
 import math
@@ -16,6 +16,7 @@ from fvar_lightning.tokenizer.losses import (
     generator_loss,
     perceptual_loss,
     pixel_loss,
+    texture_loss,
 )
 
 CONF = Path(__file__).parent / "conf"
@@ -28,6 +29,26 @@ def images() -> torch.Tensor:
 
 def test_pixel_loss_by_hand() -> None:
     assert pixel_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]), 0.5, 2.0).item() == 0.5 * 2 + 2 * 5
+
+
+def test_texture_loss_of_checkerboards() -> None:
+    """Of a checkerboard the 3x3 mean leaves 8/9 (5 cells of one sign, 4 of the other), up to its border."""
+    rows = torch.arange(24, dtype=torch.float64)
+    board = (-1.0) ** (rows[:, None] + rows).expand(2, 3, 24, 24)
+    assert texture_loss(0.5 * board, 0.2 * board).item() == pytest.approx(8 / 9 * 0.3, rel=1e-3)
+    assert texture_loss(0.5 * board, -0.5 * board).item() == 0
+    assert texture_loss(0.5 * board + rows / 24, 0.5 * board).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_texture_loss_has_a_gradient_on_flat_images(images: torch.Tensor) -> None:
+    flat = torch.zeros_like(images).requires_grad_()
+    texture_loss(flat, images).backward()
+    assert flat.grad is not None
+    assert flat.grad.isfinite().all()
+    noise = (0.01 * images).requires_grad_()
+    texture_loss(noise, images).backward()
+    assert noise.grad is not None
+    assert (noise.grad * noise).sum() < 0
 
 
 def test_feature_loss_sees_blur_and_is_zero_on_itself(images: torch.Tensor) -> None:
@@ -77,13 +98,15 @@ def test_adaptive_weight_balances_gradients() -> None:
 def test_training_with_everything_counts_steps_once(tmp_path: Path, image_folder: Path) -> None:
     args = [f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", "--trainer.logger=false",
             f"--trainer.default_root_dir={tmp_path}", "--model.perceptual=efficientnet_lite1",
-            "--model.adversarial_weight=0.5", "--model.adversarial_start=0.4", "--model.discriminator_ch=8",
+            "--model.texture_weight=2", "--model.adversarial_weight=0.5",
+            "--model.adversarial_start=0.4", "--model.discriminator_ch=8",
             "--trainer.gradient_clip_val=1.0"]  # fmt: skip
     cli = main(["fit", *args])
     assert cli is not None
     assert cli.trainer.global_step == 5
     before = copy.deepcopy(cli.model.discriminator).state_dict()
     metrics = cli.trainer.logged_metrics
+    assert math.isfinite(metrics["train/texture"])
     assert math.isfinite(metrics["train/generator"])
     assert math.isfinite(metrics["train/discriminator"])
     checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
@@ -95,7 +118,11 @@ def test_training_with_everything_counts_steps_once(tmp_path: Path, image_folder
     ("args", "message"),
     [
         (["--model.perceptual=vgg"], "vgg"),
-        (["--model.kind=alias", "--model.perceptual=efficientnet_lite1"], "perceptual and adversarial_weight must be"),
+        (
+            ["--model.kind=alias", "--model.perceptual=efficientnet_lite1"],
+            "perceptual, texture_weight and adversarial_weight",
+        ),
+        (["--model.kind=alias", "--model.texture_weight=1"], "perceptual, texture_weight and adversarial_weight"),
         (["--model.adversarial_start=2"], "adversarial_start must lie in"),
     ],
 )

@@ -20,6 +20,7 @@ from fvar_lightning.tasks.training import batch_generator, check_schedule, param
 from fvar_lightning.tokenizer.alias import AliasPass, AliasTokenizer
 from fvar_lightning.tokenizer.build import Kind, build_tokenizer
 from fvar_lightning.tokenizer.losses import (
+    TEXTURE_WINDOW,
     PatchDiscriminator,
     Perceptual,
     adaptive_weight,
@@ -27,6 +28,7 @@ from fvar_lightning.tokenizer.losses import (
     generator_loss,
     perceptual_loss,
     pixel_loss,
+    texture_loss,
 )
 from fvar_lightning.tokenizer.metrics import CodebookUsage, SignalToNoise
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
@@ -51,6 +53,7 @@ class TokenizerTask(LightningModule):
         vq_weight: of the codebook and commitment loss.
         perceptual: network of the perceptual loss (structure), see `perceptual_loss`.
         perceptual_weight: of the perceptual loss.
+        texture_weight: of the `texture_loss`; 0: none (structure).
         adversarial_weight: of the discriminator's opinion, on top of the adaptive weight; 0: none (structure).
         adversarial_start: part of the run before the discriminator joins.
         discriminator_ch: width of the `PatchDiscriminator`.
@@ -83,6 +86,7 @@ class TokenizerTask(LightningModule):
         vq_weight: float = 1.0,
         perceptual: Perceptual = "none",
         perceptual_weight: float = 1.0,
+        texture_weight: float = 0.0,
         adversarial_weight: float = 0.0,
         adversarial_start: float = 0.2,
         discriminator_ch: int = 64,
@@ -99,10 +103,15 @@ class TokenizerTask(LightningModule):
             raise ValueError(f"scale_dropout must lie in [0, 1), got {scale_dropout}")
         if not 0 <= adversarial_start <= 1:
             raise ValueError(f"adversarial_start must lie in [0, 1], got {adversarial_start}")
-        if kind == "alias" and (perceptual != "none" or adversarial_weight):
+        if kind == "alias" and (perceptual != "none" or texture_weight or adversarial_weight):
             raise ValueError(
-                "perceptual and adversarial_weight must be 'none' and 0 for kind 'alias', whose targets are no images, "
-                f"got {perceptual!r} and {adversarial_weight}"
+                "perceptual, texture_weight and adversarial_weight must be 'none', 0 and 0 for kind 'alias', whose "
+                f"targets are no images, got {perceptual!r}, {texture_weight} and {adversarial_weight}"
+            )
+        if texture_weight and self.schedule.image_size < TEXTURE_WINDOW:
+            raise ValueError(
+                f"texture_weight must be 0 for images below {TEXTURE_WINDOW} px, got {texture_weight} for images of "
+                f"{self.schedule.image_size} px"
             )
         if len(noise) != 2 or min(noise) < 0:
             raise ValueError(f"noise must be two standard deviations from 0, got {noise}")
@@ -111,7 +120,7 @@ class TokenizerTask(LightningModule):
         self.hparams["schedule"] = asdict(self.schedule)
         self.optimizer_factory = optimizer
         self.pixel_weights, self.vq_weight = (l1_weight, l2_weight), vq_weight
-        self.perceptual_weight = perceptual_weight
+        self.perceptual_weight, self.texture_weight = perceptual_weight, texture_weight
         self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
         self.scale_dropout, self.noise, self.seed = scale_dropout, tuple(noise), seed
         self.lr_plan = lr_warmup, lr_final
@@ -203,6 +212,9 @@ class TokenizerTask(LightningModule):
         if network is not None:
             terms["perceptual"] = network(passed.reconstructions[0].clamp(-1, 1), passed.targets[0])
             loss = loss + self.perceptual_weight * terms["perceptual"]
+        if self.texture_weight:
+            terms["texture"] = texture_loss(passed.reconstructions[0], passed.targets[0])
+            loss = loss + self.texture_weight * terms["texture"]
         if self.discriminator is not None:
             loss = loss + self._adversarial(self.discriminator, passed, loss, terms)
         self.log_dict({f"train/{k}": v for k, v in {"loss": loss, **terms}.items()}, prog_bar=True)

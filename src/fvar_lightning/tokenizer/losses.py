@@ -1,4 +1,4 @@
-"""Losses of tokenizer training: pixels, frozen features, and a discriminator."""
+"""Losses of tokenizer training: pixels, texture, frozen features, and a discriminator."""
 
 from pickle import UnpicklingError
 from typing import Literal
@@ -16,6 +16,30 @@ Perceptual = Literal["none", "efficientnet_lite1", "lpips"]
 def pixel_loss(reconstruction: Tensor, target: Tensor, l1: float, l2: float) -> Tensor:
     """l1 * mean |x - y| + l2 * mean (x - y)^2 over all elements, a scalar."""
     return l1 * F.l1_loss(reconstruction, target) + l2 * F.mse_loss(reconstruction, target)
+
+
+TEXTURE_WINDOW = 8
+"""Side of the window of `texture_loss`, pixels."""
+
+
+def texture_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Mean |difference| of the local contrast of fine detail, a scalar.
+
+    Detail is what an image's 3x3 mean leaves, contrast its root mean square per channel in 8x8 windows, 4 px apart. A
+    pixel loss is least where texture that the codes cannot place is left out; this one asks for as much of it as the
+    target has, wherever it comes to lie.
+
+    Args:
+        reconstruction, target: (B, C, H, W), H and W at least 8.
+    """
+    return F.l1_loss(_contrast(reconstruction), _contrast(target))
+
+
+def _contrast(images: Tensor) -> Tensor:
+    detail = images - F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
+    power = F.avg_pool2d(detail.square(), TEXTURE_WINDOW, TEXTURE_WINDOW // 2)
+    # the root has no gradient at 0
+    return (power + 1e-5).sqrt()
 
 
 class FeatureLoss(nn.Module):
