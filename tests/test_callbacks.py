@@ -387,6 +387,10 @@ class Fading(TokenizerTask):
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, list[Tensor]]:
         return {"reconstructions": [self.factor * batch.images]}
 
+    def reconstruct(self, batch: Any) -> list[Tensor]:
+        """Every focus state k too bright by 0.1 k."""
+        return [state + 0.1 * (k + 1) for k, state in enumerate(batch.blurred)]
+
     def on_validation_epoch_end(self) -> None:
         pass
 
@@ -403,6 +407,8 @@ def test_reconstruction_figures_have_closed_forms(factor: float, image_folder: P
     assert values["val/high_band"] == pytest.approx(level, abs=1e-6)
     assert values["val/spectrum/distance"] == pytest.approx(-level, abs=1e-6)
     assert values["val/spectrum/tilt_high"] == pytest.approx(level, abs=1e-6)
+    for k in range(1, task.schedule.focus_states + 1):
+        assert values[f"val/focus_psnr/{k}"] == pytest.approx(20 * np.log10(2 / (0.1 * k)), abs=1e-3)
     assert values["val/grid/reconstructed"] == pytest.approx(values["val/grid/original"])
     if factor == 1:
         assert values["val/ssim"] == pytest.approx(1)
@@ -442,11 +448,11 @@ def test_tokenizer_pictures_and_reconstruct(image_folder: Path, tmp_path: Path) 
     task.tokenizer.codebook.updates.fill_(2000)  # the warm-up, in which there are no tokens, is over
     data = make_data(image_folder)
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
-    stages = task.eval().reconstruct(batch)
+    found = task.eval().reconstruct(batch)
     decoded = task.tokenizer.decode_stages(task.tokenizer.encode(batch.views.focused))
-    assert len(stages) == 3
-    for ours, theirs in zip(stages, decoded, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert len(found) == len(batch.blurred)
+    for image, scale in zip(found, task.schedule.last_scales, strict=True):
+        torch.testing.assert_close(image, decoded[scale])
     with pytest.raises(ValueError, match="reconstruct needs a structure tokenizer"):
         make_tokenizer_task("alias").reconstruct(batch)
 

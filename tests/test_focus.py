@@ -38,8 +38,7 @@ def ideal_stages(x: Tensor, schedule: FocusSchedule) -> list[Tensor]:
 def test_trained_states_are_met_exactly() -> None:
     stages = [torch.full((1, 1, 2, 2), float(s)) for s in range(6)]
     for state, radius in enumerate(SCHEDULE.state_radii):
-        last = max(s for s in range(6) if SCHEDULE.states[s] == state)
-        assert torch.equal(refocused(stages, SCHEDULE, radius), stages[last])
+        assert torch.equal(refocused(stages, SCHEDULE, radius), stages[SCHEDULE.last_scales[state]])
 
 
 def test_second_moment_is_that_of_the_radius_asked_for() -> None:

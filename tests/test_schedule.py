@@ -17,6 +17,7 @@ def test_default_is_the_paper_at_256_pixels():
     assert schedule.view_sizes == (16, 32, 48, 64, 80, 96, 128, 160, 208, 256)
     assert schedule.state_radii == (12, 9, 3, 0)
     assert schedule.states == (0, 0, 0, 1, 1, 1, 2, 2, 2, 3)
+    assert schedule.last_scales == (2, 5, 8, 9)
     assert schedule.radii == (12, 12, 12, 9, 9, 9, 3, 3, 3, 0)
     assert schedule.factors == tuple(16 / n for n in VAR_PATCH_NUMS)
 

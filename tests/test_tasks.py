@@ -100,6 +100,26 @@ def test_stage_two_trains_from_a_token_cache(tmp_path: Path, image_folder: Path,
     assert cli.model.class_names == ["blue", "red"]
 
 
+def test_scale_dropout_teaches_partial_tokens_to_decode_to_their_focus_state(
+    tmp_path: Path, image_folder: Path
+) -> None:
+    args = [f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", "--seed_everything=0",
+            "--data.schedule.max_radius=4", "--data.batch_size=8", "--model.warmup_steps=40", "--trainer.max_steps=120",
+            "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=3e-3", "--trainer.limit_val_batches=0",
+            "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
+    errors = {}
+    for dropout in (0.0, 0.5):
+        cli = main(["fit", *args, f"--model.scale_dropout={dropout}"])
+        assert cli is not None
+        data = cli.datamodule
+        batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+        first = cli.model.eval().reconstruct(batch)[0]
+        errors[dropout] = F.mse_loss(first, batch.blurred[0]).item()
+        to_sharp = F.mse_loss(first, batch.images).item()
+    assert errors[0.5] < 0.5 * errors[0.0]
+    assert errors[0.5] < to_sharp
+
+
 def test_a_resumed_run_reaches_the_same_weights(tmp_path: Path, image_folder: Path) -> None:
     checkpoint = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
                   f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.callbacks.every_n_train_steps=3",

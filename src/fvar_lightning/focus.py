@@ -35,7 +35,7 @@ def between(schedule: FocusSchedule, focus: float) -> Between:
     if not 0 <= focus <= radii[0]:
         raise ValueError(f"focus must lie in 0..{radii[0]:g} pixels, the radii of the schedule, got {focus}")
     state = max(k for k, radius in enumerate(radii) if radius >= focus)
-    last = [schedule.states.index(k + 1) - 1 for k in range(len(radii) - 1)] + [schedule.num_scales - 1]
+    last = schedule.last_scales
     if radii[state] == focus:
         return Between(last[state], last[state], 1.0)
     most, least = radii[state] ** 2, radii[state + 1] ** 2

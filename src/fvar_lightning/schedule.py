@@ -135,6 +135,12 @@ class FocusSchedule:
         return tuple(i * (self.focus_states - 1) // (self.num_scales - 1) for i in range(self.num_scales))
 
     @property
+    def last_scales(self) -> tuple[int, ...]:
+        """Last scale (0-based) of each of the K focus states: what is decoded after it shows the state."""
+        states = self.states
+        return tuple(max(s for s, state in enumerate(states) if state == k) for k in range(self.focus_states))
+
+    @property
     def radii(self) -> tuple[float, ...]:
         """Radius of every scale, in pixels at full resolution."""
         return tuple(self.state_radii[k] for k in self.states)

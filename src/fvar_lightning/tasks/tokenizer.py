@@ -247,7 +247,9 @@ class TokenizerTask(LightningModule):
 
     @torch.no_grad()
     def reconstruct(self, batch: ImageBatch) -> list[Tensor]:
-        """The structure tokenizer's image after every scale, S tensors (B, 3, H, W) in [-1, 1], without noise.
+        """The structure tokenizer's image of every focus state, without noise: K tensors (B, 3, H, W) in [-1, 1].
+
+        The image of a state is decoded from the tokens up to its last scale.
 
         Raises:
             ValueError: for an alias tokenizer, which has no images.
@@ -255,7 +257,7 @@ class TokenizerTask(LightningModule):
         if not isinstance(self.tokenizer, VQVAE):
             raise ValueError("reconstruct needs a structure tokenizer, this task's is one of alias residuals")
         stages = self.tokenizer(self._inputs(batch, None)).stages
-        return [self.tokenizer.decode_features(f_hat).clamp(-1, 1) for f_hat in stages]
+        return [self.tokenizer.decode_features(stages[s]).clamp(-1, 1) for s in self.schedule.last_scales]
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/usage/*`` and ``val/psnr`` (structure) or ``val/snr/*`` per scale (alias), in dB."""

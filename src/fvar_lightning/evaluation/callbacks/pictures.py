@@ -123,12 +123,10 @@ def first_images(batch: ImageBatch, count: int) -> ImageBatch:
 
 def reconstructions_picture(task: TokenizerTask, batch: ImageBatch, side: int) -> Image.Image:
     """Two rows for each image: its focus states, and what the tokens up to the last scale of each state decode to."""
-    states = task.schedule.states
-    last_scales = [max(s for s, state in enumerate(states) if state == k) for k in range(len(batch.blurred))]
-    stages = task.reconstruct(batch)
+    decoded = task.reconstruct(batch)
     rows, names = [], []
     for i in range(len(batch.images)):
-        rows += [[state[i] for state in batch.blurred], [stages[s][i] for s in last_scales]]
+        rows += [[state[i] for state in batch.blurred], [image[i] for image in decoded]]
         names += ["image", "decoded"]
     heads = [f"radius {radius:.3g}" for radius in task.schedule.state_radii]
     return tile(rows, names, heads, side)

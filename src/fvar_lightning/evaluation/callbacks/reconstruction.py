@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.image import StructuralSimilarityIndexMeasure
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from fvar_lightning.evaluation.alias import decibel
@@ -41,10 +41,11 @@ class ReconstructionMetrics(Callback):
 
     - ``ssim``; ``lpips`` where its network's weights are on this machine (a warning says so where not)
     - ``fd_<extractor>``: Frechet distance of the reconstructions to the originals ("rFID", if it is Inception's)
+    - ``focus_psnr/1`` to ``/K``: PSNR of what the tokens up to a focus state decode to, to the image at that state
     - ``high_band``: power in 0.25..0.5 cycles per pixel, reconstructed over original, in dB; negative: detail is lost
     - ``spectrum/*``: `RadialSpectrumDistance`, with a picture; ``grid/*``: `GridArtifact`, both in dB
 
-    PSNR is logged by the task. The networks are no part of the task and in no checkpoint.
+    PSNR to the sharp image is logged by the task. The networks are no part of the task and in no checkpoint.
 
     Args:
         extractor: makes the extractor.
@@ -93,6 +94,8 @@ class ReconstructionMetrics(Callback):
             "reconstructed": statistics(),
             "original": statistics(),
         }
+        for k in range(task.schedule.focus_states):
+            self.metrics[f"focus_psnr/{k + 1}"] = PeakSignalNoiseRatio(data_range=2.0)
         if self.lpips is not None:
             self.lpips.reset()
             self.metrics["lpips"] = self.lpips
@@ -106,8 +109,11 @@ class ReconstructionMetrics(Callback):
         if trainer.sanity_checking:
             return
         assert self.extractor is not None
+        assert isinstance(task, TokenizerTask)
         true, made = batch.images.float(), outputs["reconstructions"][0].detach().float().clamp(-1, 1)
         self.metrics["ssim"].update((made + 1) / 2, (true + 1) / 2)
+        for k, (decoded, state) in enumerate(zip(task.reconstruct(batch), batch.blurred, strict=True)):
+            self.metrics[f"focus_psnr/{k + 1}"].update(decoded.float(), state.float())
         if "lpips" in self.metrics:
             self.metrics["lpips"].update(made, true)
         for images, name in ((made, "reconstructed"), (true, "original")):
@@ -125,7 +131,8 @@ class ReconstructionMetrics(Callback):
         metrics = self.metrics
         spectrum = metrics["spectrum"]
         values = {f"spectrum/{name}": value for name, value in spectrum.compute().items()}
-        values |= {name: metrics[name].compute() for name in metrics if name in ("ssim", "lpips") or "grid/" in name}
+        own = ("ssim", "lpips", "grid/", "focus_psnr/")
+        values |= {name: metric.compute() for name, metric in metrics.items() if name.startswith(own)}
         values["high_band"] = high_band_ratio(spectrum)
         made = metrics["reconstructed"].compute()
         if self.originals is None:
