@@ -50,9 +50,11 @@ def make_task(name: str, tokenizers: list[str]) -> TokenizerTask | FVARTask:
         return FVARTask(
             *tokenizers, num_classes=2, depth=3, width=32, heads=2, drop_path_rate=0.0, label_dropout=0.0, optimizer=sgd
         )
+    # more codes than a step uses, so that idle ones are revived; the alias tokenizer's vectors could not set so many
+    vocab_size = 64 if name == "structure" else 8
     return TokenizerTask(
-        SCHEDULE, kind=name, vocab_size=8, z_channels=4, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, warmup_steps=1,
-        revive_after=1, noise=(0.0, 0.0), scale_dropout=0.0, optimizer=sgd,
+        SCHEDULE, kind=name, vocab_size=vocab_size, z_channels=4, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1,
+        norm_groups=1, warmup_steps=1, revive_after=1, noise=(0.0, 0.0), scale_dropout=0.0, optimizer=sgd,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def write_tokenizers(root: Path) -> list[str]:
             description["ch_mult"] = [1, 1, 2]
         torch.manual_seed(0)
         tokenizer = build_tokenizer(**description)
+        tokenizer.codebook.step()
         path = root / f"{kind}.ckpt"
         weights = {f"tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
         torch.save({"tokenizer": description, "state_dict": weights}, path)

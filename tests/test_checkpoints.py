@@ -29,7 +29,9 @@ SCHEDULE = FocusSchedule(SIDES, patch_size=4, focus_states=2, max_radius=2.0)
 
 def tiny_vae(**changes: Any) -> VQVAE:
     arguments = {"vocab_size": 16, "z_channels": 4, "ch": 8, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "num_phi": 2}
-    return seeded(VQVAE(changes.pop("schedule", SCHEDULE), **(arguments | changes))).eval()
+    vae = seeded(VQVAE(changes.pop("schedule", SCHEDULE), **(arguments | changes))).eval()
+    vae.codebook.updates.fill_(vae.codebook.warmup_steps + 1)
+    return vae
 
 
 def tiny_var(**changes: Any) -> VAR:
@@ -304,6 +306,15 @@ def test_load_tokenizer_takes_training_checkpoints_and_pretrained_folders(tmp_pa
             load_tokenizer(path, schedule=FocusSchedule(SIDES, patch_size=4, focus_states=1))
     torch.save({"state_dict": state}, tmp_path / "tokenizer.ckpt")
     with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path / "tokenizer.ckpt")
+
+
+def test_a_tokenizer_that_stopped_before_its_codes_were_set_is_refused(tmp_path: Path) -> None:
+    vae = tiny_vae(warmup_steps=7)
+    vae.codebook.updates.fill_(7)
+    state = {f"tokenizer.{name}": x for name, x in vae.state_dict().items()}
+    torch.save({"tokenizer": describe(vae), "state_dict": state}, tmp_path / "tokenizer.ckpt")
+    with pytest.raises(ValueError, match="has no codes yet: they are set after warmup_steps 7, and it stopped after 7"):
         load_tokenizer(tmp_path / "tokenizer.ckpt")
 
 

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import distributed_worker
+from fvar_lightning.tokenizer.codebook import Codebook
 
 
 def two_processes(name: str, strategy: str, precision: str, output: Path, tokenizers: list[str]) -> None:
@@ -47,10 +49,25 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ],
 )
 def test_two_processes_equal_one(
-    name: str, strategy: str, precision: str, tolerance: float, tmp_path: Path, tokenizers: list[str]
+    name: str,
+    strategy: str,
+    precision: str,
+    tolerance: float,
+    tmp_path: Path,
+    tokenizers: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = tokenizers if name == "fvar" else []
+    revived: list[int] = []
+    draw = Codebook._draw
+
+    def counted(codebook: Codebook, pool: Sequence[torch.Tensor], n: int, *, replacement: bool) -> torch.Tensor:
+        revived.extend([n] * replacement)
+        return draw(codebook, pool, n, replacement=replacement)
+
+    monkeypatch.setattr(Codebook, "_draw", counted)
     distributed_worker.run(name, "single", precision, tmp_path / "one.ckpt", given)
+    assert revived or name != "structure"
     two_processes(name, strategy, precision, tmp_path / "two.ckpt", given)
     one, two = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["state_dict"] for n in ("one", "two"))
     assert one.keys() == two.keys()

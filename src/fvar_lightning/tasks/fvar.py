@@ -18,7 +18,13 @@ from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.describe import describe, differences
 from fvar_lightning.sampling import generate, generate_stages
 from fvar_lightning.tasks.sharding import gathered, shard
-from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
+from fvar_lightning.tasks.training import (
+    batch_generator,
+    check_schedule,
+    parameter_groups,
+    training_steps,
+    warmup_linear,
+)
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, logit_loss, token_loss
@@ -298,6 +304,6 @@ class FVARTask(LightningModule):
         """The optimiser with a learning rate that warms up and then falls linearly."""
         modules = [m for m in (self.student, self.teacher) if m is not None]
         optimizer = self.optimizer_factory(parameter_groups(modules))
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = training_steps(self.trainer)
         scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

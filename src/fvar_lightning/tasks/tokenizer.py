@@ -2,21 +2,28 @@
 
 from collections.abc import Sequence, Sized
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.describe import describe
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tasks.training import batch_generator, check_schedule, parameter_groups, warmup_linear
+from fvar_lightning.tasks.training import (
+    batch_generator,
+    check_schedule,
+    parameter_groups,
+    training_steps,
+    warmup_linear,
+)
 from fvar_lightning.tokenizer.alias import AliasPass, AliasTokenizer
 from fvar_lightning.tokenizer.build import Kind, build_tokenizer
 from fvar_lightning.tokenizer.losses import (
@@ -99,6 +106,8 @@ class TokenizerTask(LightningModule):
     ) -> None:
         super().__init__()
         self.schedule = FocusSchedule.of(schedule)
+        if perceptual not in get_args(Perceptual):
+            raise ValueError(f"perceptual must be one of {get_args(Perceptual)}, got {perceptual!r}")
         if not 0 <= scale_dropout < 1:
             raise ValueError(f"scale_dropout must lie in [0, 1), got {scale_dropout}")
         if not 0 <= adversarial_start <= 1:
@@ -138,8 +147,9 @@ class TokenizerTask(LightningModule):
         )
         # convolutions run up to three times faster on this layout
         self.tokenizer.to(memory_format=torch.channels_last)
-        # in a tuple: a frozen network is neither trained nor saved
-        self._perceptual = (perceptual_loss(perceptual),)
+        self.perceptual = perceptual
+        # in a list: a frozen network is neither trained nor saved
+        self._perceptual: list[nn.Module] = []
         self.discriminator = PatchDiscriminator(discriminator_ch) if adversarial_weight > 0 else None
         # the last scale is sharp and has no residual
         self.scales = self.schedule.num_scales - (kind == "alias")
@@ -148,8 +158,10 @@ class TokenizerTask(LightningModule):
         self.snr = SignalToNoise(self.scales if kind == "alias" else 1)
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of another schedule."""
+        """Refuse a data module of another schedule; for a fit, load the network of the perceptual loss."""
         check_schedule(self, self.schedule)
+        if stage == "fit" and self.perceptual != "none":
+            self._perceptual = [perceptual_loss(self.perceptual)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the tokenizer, so that stage 2 and `load_tokenizer` can."""
@@ -192,15 +204,20 @@ class TokenizerTask(LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring the frozen network to the device."""
-        if self._perceptual[0] is not None:
-            self._perceptual[0].to(self.device)
+        for network in self._perceptual:
+            network.to(self.device)
 
     def on_train_start(self) -> None:
-        """Refuse batches that are too small to initialise the codebook."""
+        """Refuse batches that are too small to initialise the codebook; warn of a run that ends before."""
         codebook, loader = self.tokenizer.codebook, self.trainer.train_dataloader
         if isinstance(loader, DataLoader) and codebook.updates <= codebook.warmup_steps:
             images = min(loader.batch_size or 1, len(cast(Sized, loader.sampler))) * self.trainer.world_size
             codebook.check_pool([images * side**2 for side in self.schedule.patch_nums[: self.scales]])
+        if codebook.warmup_steps >= self.trainer.estimated_stepping_batches:
+            rank_zero_warn(
+                f"warmup_steps {codebook.warmup_steps} leaves no step of the run's "
+                f"{self.trainer.estimated_stepping_batches} to set the codes in: stage 2 cannot use this tokenizer"
+            )
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """One step of tokenizer and discriminator together; logs every term as ``train/*``."""
@@ -208,9 +225,9 @@ class TokenizerTask(LightningModule):
         passed = self._pass(batch, batch_generator(self.device, *key))
         loss, pixel = self._loss(passed)
         terms = {"pixel": pixel, "vq": passed.loss}
-        network = self._perceptual[0]
-        if network is not None:
-            terms["perceptual"] = network(passed.reconstructions[0].clamp(-1, 1), passed.targets[0])
+        for network in self._perceptual:
+            # LPIPS takes no value beyond the range, a blurred image has some by rounding
+            terms["perceptual"] = network(passed.reconstructions[0].clamp(-1, 1), passed.targets[0].clamp(-1, 1))
             loss = loss + self.perceptual_weight * terms["perceptual"]
         if self.texture_weight:
             terms["texture"] = texture_loss(passed.reconstructions[0], passed.targets[0])
@@ -278,9 +295,12 @@ class TokenizerTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with a learning rate that warms up and then falls linearly."""
-        modules = [m for m in (self.tokenizer, self.discriminator) if m is not None]
-        optimizer = self.optimizer_factory(parameter_groups(modules))
-        steps = int(self.trainer.estimated_stepping_batches)
+        groups = parameter_groups([self.tokenizer])
+        if self.discriminator is not None:
+            # without decay, which would also wear it while it waits for its start
+            groups.append({"params": list(self.discriminator.parameters()), "weight_decay": 0.0})
+        optimizer = self.optimizer_factory(groups)
+        steps = training_steps(self.trainer)
         scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

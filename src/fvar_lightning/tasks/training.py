@@ -1,11 +1,12 @@
 """What both tasks share: reproducible randomness, parameter groups and the learning rate over time."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -45,6 +46,18 @@ def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
 
 
 _UNDECAYED = ("pos_", "lvl_embed", "ada_gss", "scale_mul", "alias_positions", "alias_levels", "bias")
+
+
+def training_steps(trainer: Trainer) -> int:
+    """Optimiser steps of the whole run.
+
+    Raises:
+        ValueError: if neither max_steps nor max_epochs bounds them.
+    """
+    steps = trainer.estimated_stepping_batches
+    if steps == math.inf:
+        raise ValueError("trainer needs max_steps or max_epochs, after which the learning rate has fallen; got neither")
+    return int(steps)
 
 
 def warmup_linear(optimizer: torch.optim.Optimizer, steps: int, warmup: float, final: float) -> LambdaLR:

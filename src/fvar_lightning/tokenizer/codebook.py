@@ -12,6 +12,10 @@ from torch import Tensor, distributed, nn
 KMEANS_ITERATIONS = 10
 POOL = 32
 """Vectors of the pool that initialises the codes, for each of them, where there are so many."""
+ROWS = 2**14
+"""Vectors of the pool whose distances to the codes are in memory at once."""
+FADED = 1e-5
+"""Moving average of a code's uses below which it no longer moves."""
 
 
 def _joined(x: Tensor) -> Tensor:
@@ -21,6 +25,16 @@ def _joined(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def _distinct_first(rows: Tensor) -> Tensor:
+    """Indices of the rows, those last that repeat an earlier one (to a millionth of the largest value): of equal codes
+    rounding would decide which is nearest."""
+    keys = (rows / rows.abs().max().clamp_min(1e-30) * 1e6).round()
+    groups = torch.unique(keys, dim=0, return_inverse=True)[1]
+    places = torch.arange(len(rows), device=rows.device)
+    first = places.new_full((len(rows),), len(rows)).scatter_reduce(0, groups, places, "amin")
+    return (first[groups] != places).to(torch.uint8).argsort(stable=True)
 
 
 def exact(z: Tensor) -> Tensor:
@@ -60,6 +74,10 @@ class Codebook(nn.Module):
             raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
         if not 0 < decay < 1:
             raise ValueError(f"decay must lie in (0, 1), got {decay}")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        if revive_after < 1:
+            raise ValueError(f"revive_after must be at least 1, got {revive_after}")
         self.decay, self.warmup_steps, self.revive_after, self.cosine = decay, warmup_steps, revive_after, cosine
         self.embedding = nn.Embedding(vocab_size, channels)
         self.embedding.weight.requires_grad_(False)
@@ -95,11 +113,12 @@ class Codebook(nn.Module):
         return self.training and int(self.updates) == self.warmup_steps
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Indices of the nearest codes: (N, C) -> (N,) int64."""
+        """Indices of the nearest codes: (N, C) -> (N,) int64. Under autocast too in the precision of its arguments."""
         codes = self.embedding.weight
-        if self.cosine:
-            return (vectors @ F.normalize(codes, dim=1).T).argmax(1)
-        return torch.addmm(codes.square().sum(1), vectors, codes.T, alpha=-2).argmin(1)
+        with torch.autocast(vectors.device.type, enabled=False):
+            if self.cosine:
+                return (vectors @ F.normalize(codes, dim=1).T).argmax(1)
+            return torch.addmm(codes.square().sum(1), vectors, codes.T, alpha=-2).argmin(1)
 
     def forward(self, indices: Tensor) -> Tensor:
         """(...) indices -> (..., C) codes."""
@@ -124,17 +143,19 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, pool: Sequence[Tensor]) -> None:
-        """Set the codes by k-means on `pool`, one (N_s, C) tensor per scale, each scale weighing the same.
+        """Set the codes by k-means on `pool`, one (N_s, C) tensor per scale, no scale giving more than its share.
 
         Raises:
             ValueError: if the pool holds fewer vectors than there are codes.
         """
         vectors = self._draw(pool, POOL * self.vocab_size, replacement=False)
         self.check_pool([len(vectors)])
-        codes = vectors[torch.randperm(len(vectors), generator=self._generator())[: self.vocab_size].to(vectors.device)]
+        vectors = vectors[torch.randperm(len(vectors), generator=self._generator()).to(vectors.device)]
+        codes = vectors[_distinct_first(vectors)[: self.vocab_size]]
         for _ in range(KMEANS_ITERATIONS):
             self.embedding.weight.copy_(codes)
-            counts, sums = self._assigned(vectors, self.nearest(vectors))
+            nearest = torch.cat([self.nearest(part) for part in vectors.split(ROWS)])
+            counts, sums = self._assigned(vectors, nearest)
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], codes)
         self.embedding.weight.copy_(codes)
         self.counts.fill_(1)
@@ -161,7 +182,9 @@ class Codebook(nn.Module):
             self.sums[idle] = self._draw(pool, int(idle.sum()), replacement=True)
             self.counts[idle] = 1
             self.idle[idle] = 0
-        self.embedding.weight.copy_(self.sums / self.counts.clamp_min(1e-5)[:, None])
+        # a code that fades before it is revived stays where it was
+        means = self.sums / self.counts.clamp_min(FADED)[:, None]
+        self.embedding.weight.copy_(torch.where(self.counts[:, None] > FADED, means, self.embedding.weight))
 
     def step(self) -> None:
         """Count a training step."""

@@ -1,6 +1,5 @@
 """Losses of tokenizer training: pixels, texture, frozen features, and a discriminator."""
 
-from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fvar_lightning.frozen import EfficientNetLite
+from fvar_lightning.frozen import EfficientNetLite, load_lpips
 
 Perceptual = Literal["none", "efficientnet_lite1", "lpips"]
 
@@ -64,30 +63,25 @@ class FeatureLoss(nn.Module):
         return torch.stack(terms).sum()
 
 
-def perceptual_loss(kind: Perceptual) -> nn.Module | None:
-    """The network a perceptual loss compares with, frozen; None for ``none``.
+def perceptual_loss(kind: Perceptual) -> nn.Module:
+    """The network a perceptual loss compares with, frozen: (B, 3, H, W) in [-1, 1], twice -> scalar.
 
     ``lpips`` is that of torchmetrics on VGG16, whose ImageNet weights torchvision looks for in its cache
     (``$TORCH_HOME/hub/checkpoints/vgg16-397923af.pth``) and downloads where it may.
 
     Raises:
-        ValueError: if `kind` is unknown, or the weights are missing and cannot be downloaded, truncated, or of another
-            network.
+        ValueError: if `kind` names no network, or the weights are missing and cannot be downloaded, truncated, or of
+            another network.
     """
-    if kind == "none":
-        return None
     if kind == "efficientnet_lite1":
         return FeatureLoss()
     if kind != "lpips":
-        raise ValueError(f"perceptual must be 'none', 'efficientnet_lite1' or 'lpips', got {kind!r}")
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
+        raise ValueError(f"perceptual must be 'efficientnet_lite1' or 'lpips' for a loss, got {kind!r}")
     try:
-        return LearnedPerceptualImagePatchSimilarity("vgg").requires_grad_(False)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        return load_lpips("vgg")
+    except ValueError as error:
         raise ValueError(
-            "perceptual 'lpips' needs torchvision's VGG16 weights: put vgg16-397923af.pth into "
-            f"{torch.hub.get_dir()}/checkpoints, or use 'efficientnet_lite1', which comes as a package ({error})"
+            f"perceptual 'lpips': {error}; or use 'efficientnet_lite1', which comes as a package"
         ) from error
 
 

@@ -140,15 +140,16 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Token maps of the features z_s: S tensors (B, pn_s^2) int64."""
-        features = [exact(z) for z in features]
-        f_hat = torch.zeros_like(features[-1])
-        maps = []
-        for s, z in enumerate(features):
-            residual = rearrange(z - self.down(f_hat, s), "b c h w -> (b h w) c")
-            indices = self.codebook.nearest(residual).view(len(z), -1)
-            f_hat = self.add(f_hat, self.code_map(indices), s)
-            maps.append(indices)
-        return maps
+        with torch.autocast(features[0].device.type, enabled=False):
+            features = [exact(z) for z in features]
+            f_hat = torch.zeros_like(features[-1])
+            maps = []
+            for s, z in enumerate(features):
+                residual = rearrange(z - self.down(f_hat, s), "b c h w -> (b h w) c")
+                indices = self.codebook.nearest(residual).view(len(z), -1)
+                f_hat = self.add(f_hat, self.code_map(indices), s)
+                maps.append(indices)
+            return maps
 
     def _warm_up(self, features: Sequence[Tensor], references: Sequence[Tensor]) -> Quantized:
         """Everything passes unquantised, and phi learns to add up exact residuals."""

@@ -2,8 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from lightning import LightningModule, Trainer
@@ -12,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from fvar_lightning.evaluation.alias import decibel
 from fvar_lightning.evaluation.callbacks.alias import spectra_picture
@@ -22,16 +20,10 @@ from fvar_lightning.evaluation.extractors import EfficientNetLite0, FeatureExtra
 from fvar_lightning.evaluation.generation import frechet_distance
 from fvar_lightning.evaluation.spectra import GridArtifact, RadialSpectrumDistance
 from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics
+from fvar_lightning.frozen import LPIPSNetwork, load_lpips, lpips_file
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tokenizer.vqvae import VQVAE
 
-Network = Literal["alex", "vgg", "squeeze"]
-WEIGHTS: dict[Network, str] = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
-"""Files of torchvision that LPIPS is computed with."""
 LPIPS_SIZE = 64
 """Of smaller images too little reaches the networks' last layers, or nothing."""
 
@@ -53,10 +45,10 @@ class ReconstructionMetrics(Callback):
     """
 
     def __init__(
-        self, extractor: Callable[[], FeatureExtractor] = EfficientNetLite0, lpips: Network | None = "alex"
+        self, extractor: Callable[[], FeatureExtractor] = EfficientNetLite0, lpips: LPIPSNetwork | None = "alex"
     ) -> None:
-        if lpips is not None and lpips not in WEIGHTS:
-            raise ValueError(f"lpips must be one of {tuple(WEIGHTS)} or None, got {lpips!r}")
+        if lpips is not None and lpips not in get_args(LPIPSNetwork):
+            raise ValueError(f"lpips must be one of {get_args(LPIPSNetwork)} or None, got {lpips!r}")
         self.make_extractor = extractor
         self.network = lpips
         self.extractor: FeatureExtractor | None = None
@@ -112,7 +104,9 @@ class ReconstructionMetrics(Callback):
         assert isinstance(task, TokenizerTask)
         true, made = batch.images.float(), outputs["reconstructions"][0].detach().float().clamp(-1, 1)
         self.metrics["ssim"].update((made + 1) / 2, (true + 1) / 2)
-        for k, (decoded, state) in enumerate(zip(task.reconstruct(batch), batch.blurred, strict=True)):
+        with trainer.precision_plugin.forward_context():
+            states = task.reconstruct(batch)
+        for k, (decoded, state) in enumerate(zip(states, batch.blurred, strict=True)):
             self.metrics[f"focus_psnr/{k + 1}"].update(decoded.float(), state.float())
         if "lpips" in self.metrics:
             self.metrics["lpips"].update(made, true)
@@ -189,16 +183,20 @@ def high_band_ratio(spectrum: RadialSpectrumDistance) -> Tensor:
     return decibel((band * generated).sum() / (band * real).sum())
 
 
-def local_lpips(network: Network, image_size: int) -> Metric | None:
-    """LPIPS of torchmetrics if the network's weights need no download; otherwise None and a warning that tells how."""
+def local_lpips(network: LPIPSNetwork, image_size: int) -> Metric | None:
+    """LPIPS if the network's weights need no download; otherwise None and a warning that tells how.
+
+    Raises:
+        ValueError: if the file of the weights is truncated or of another network.
+    """
     if image_size < LPIPS_SIZE:
         rank_zero_warn(f"LPIPS is off: it needs images of {LPIPS_SIZE} px or more, these have {image_size}")
         return None
-    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS[network])
+    path = lpips_file(network)
     if not path.is_file():
         rank_zero_warn(
             f"LPIPS is off: the weights of {network} are not at {path}. "
             f"Fetch https://download.pytorch.org/models/{path.name} and put it there"
         )
         return None
-    return LearnedPerceptualImagePatchSimilarity(net_type=network)
+    return load_lpips(network)
