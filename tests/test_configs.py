@@ -42,6 +42,7 @@ def write_tokenizers(root: Path, schedule: FocusSchedule) -> list[str]:
         if kind == "structure":
             description["ch_mult"] = [1] * levels
         tokenizer = build_tokenizer(schedule=schedule, **description)
+        tokenizer.codebook.step()
         description["schedule"] = {
             "patch_nums": schedule.patch_nums,
             "patch_size": schedule.patch_size,

@@ -13,7 +13,7 @@ import torchvision
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from fvar_lightning.cli import FVARCommandLine, main
 from fvar_lightning.frozen import EfficientNetLite, LPIPSNetwork, load_lpips, lpips_file
@@ -105,17 +105,19 @@ def test_adaptive_weight_balances_gradients() -> None:
 
 
 class Recorder(Callback):
-    """The discriminator at the beginning, and what was logged in every step."""
+    """The discriminator at the beginning, and what was logged and the decoder's last weights after every step."""
 
     def __init__(self) -> None:
         self.discriminator: nn.Module | None = None
         self.steps: list[dict[str, float]] = []
+        self.weights: list[Tensor] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.discriminator = copy.deepcopy(pl_module.discriminator)
 
     def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
         self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.weights.append(trainer.lightning_module.tokenizer.decoder.conv_out.weight.detach().clone())
 
 
 @pytest.fixture
@@ -158,6 +160,16 @@ def test_the_discriminator_is_left_alone_until_it_joins(
     pairs = zip(recorder.discriminator.parameters(), cli.model.discriminator.parameters(), strict=True)
     changed = [not torch.equal(before, after) for before, after in pairs]
     assert not any(changed) if start == 1 else all(changed)
+
+
+def test_averaged_weights_count_every_step_once(tmp_path: Path, image_folder: Path, recorder: Recorder) -> None:
+    cli = fit(image_folder, tmp_path, ["--model.adversarial_weight=0.5", "--model.adversarial_start=0.4",
+              "--model.discriminator_ch=8", "--trainer.callbacks=EMAWeightAveraging",
+              "--trainer.callbacks.decay=0.75"])  # fmt: skip
+    average = recorder.weights[0]
+    for weight in recorder.weights[1:]:
+        average = 0.75 * average + 0.25 * weight
+    torch.testing.assert_close(cli.model.tokenizer.decoder.conv_out.weight.detach(), average)
 
 
 def test_lpips_takes_blurred_black_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

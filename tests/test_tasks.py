@@ -145,7 +145,8 @@ def test_validate_logs_the_figures_of_a_tokenizer(tmp_path: Path, image_folder: 
     found = {}
     for kind, more in (("structure", metrics), ("alias", [])):
         cli = main(["validate", f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", *more,
-                    f"--model.kind={kind}", f"--ckpt_path={trained[kind]}", "--trainer.logger=false"])  # fmt: skip
+                    f"--model.kind={kind}", f"--ckpt_path={trained[kind]}", "--trainer.logger=false",
+                    f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
         assert cli is not None
         found[kind] = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
         data = cli.datamodule
