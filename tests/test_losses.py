@@ -5,6 +5,7 @@ import math
 import os
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fvar_lightning.cli import FVARCommandLine, main
-from fvar_lightning.frozen import EfficientNetLite, LPIPSNetwork, load_lpips, lpips_file
+from fvar_lightning.frozen import STAGE_CHANNELS, EfficientNetLite, LPIPSNetwork, load_lpips, lpips_file
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tokenizer import losses
 from fvar_lightning.tokenizer.losses import (
-    PatchDiscriminator,
+    Discriminator,
+    FeatureDiscriminator,
     adaptive_weight,
+    build_discriminator,
     discriminator_loss,
     generator_loss,
     perceptual_loss,
@@ -74,8 +77,13 @@ def test_feature_loss_sees_blur_and_is_zero_on_itself(images: torch.Tensor) -> N
     assert all(p.grad is None for p in loss.parameters())
 
 
-def test_each_side_of_the_game_trains_its_own_weights(images: torch.Tensor) -> None:
-    discriminator = PatchDiscriminator(ch=8)
+@pytest.fixture(params=["patch", "efficientnet_lite1"])
+def discriminator(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return build_discriminator(request.param, 8)
+
+
+def test_each_side_of_the_game_trains_its_own_weights(images: torch.Tensor, discriminator: nn.Module) -> None:
     scale = torch.ones((), requires_grad=True)
     generator_loss(discriminator, scale * images).backward()
     assert scale.grad is not None
@@ -86,15 +94,25 @@ def test_each_side_of_the_game_trains_its_own_weights(images: torch.Tensor) -> N
     assert all(p.grad is not None for p in discriminator.parameters())
 
 
-def test_discriminator_learns_to_tell(images: torch.Tensor) -> None:
-    discriminator = PatchDiscriminator(ch=8)
+def test_discriminator_learns_to_tell(images: torch.Tensor, discriminator: nn.Module) -> None:
     fake = nn.functional.avg_pool2d(images, 3, 1, 1)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-2)
+    before = discriminator_loss(discriminator, images, fake).item()
     for _ in range(30):
         optimizer.zero_grad()
         discriminator_loss(discriminator, images, fake).backward()
         optimizer.step()
-    assert discriminator(images).mean() > discriminator(fake).mean() + 1
+    assert discriminator_loss(discriminator, images, fake) < 0.5 * before
+    scores = zip(discriminator(images), discriminator(fake), strict=True)
+    assert sum((x.mean() - y.mean()).item() > 1 for x, y in scores) >= 0.8 * len(discriminator(fake))
+
+
+def test_feature_discriminator_keeps_no_frozen_network() -> None:
+    discriminator = FeatureDiscriminator(ch=8)
+    assert {name.split(".")[0] for name in discriminator.state_dict()} == {"heads"}
+    assert sum(p.numel() for p in discriminator.parameters()) == sum(8 * c + 8 + 72 + 1 for c in STAGE_CHANNELS)
+    maps = discriminator(torch.zeros(2, 3, 64, 64))
+    assert [x.shape for x in maps] == [(2, 1, n, n) for n in (32, 16, 8, 4, 2)]
 
 
 def test_adaptive_weight_balances_gradients() -> None:
@@ -135,12 +153,13 @@ def fit(image_folder: Path, root: Path, args: list[str]) -> FVARCommandLine:
     return cli
 
 
+@pytest.mark.parametrize("discriminator", get_args(Discriminator))
 def test_training_with_everything_counts_steps_once_and_starts_the_game_late(
-    tmp_path: Path, image_folder: Path, recorder: Recorder
+    discriminator: Discriminator, tmp_path: Path, image_folder: Path, recorder: Recorder
 ) -> None:
     cli = fit(image_folder, tmp_path, ["--model.perceptual=efficientnet_lite1", "--model.texture_weight=2",
               "--model.adversarial_weight=0.5", "--model.adversarial_start=0.4", "--model.discriminator_ch=8",
-              "--trainer.gradient_clip_val=1.0"])  # fmt: skip
+              f"--model.discriminator={discriminator}", "--trainer.gradient_clip_val=1.0"])  # fmt: skip
     assert cli.trainer.global_step == len(recorder.steps) == 5
     assert ["train/generator" in step for step in recorder.steps] == [False, False, True, True, True]
     names = {"pixel", "vq", "perceptual", "texture", "generator", "discriminator", "loss"}

@@ -17,6 +17,8 @@ PIXEL_MEAN, PIXEL_STD = 127.0, 128.0
 """What the official EfficientNet-Lite was trained with, on pixels in 0..255; not the ImageNet mean and deviation."""
 
 VARIANTS = ("lite0", "lite1")
+STAGE_CHANNELS = (16, 24, 40, 112, 320)
+"""Of `EfficientNetLite.stages`."""
 
 LPIPSNetwork = Literal["alex", "vgg", "squeeze"]
 _HUB_FILES: dict[LPIPSNetwork, str] = {
@@ -103,7 +105,7 @@ class EfficientNetLite(nn.Module):
     def stages(self, images: Tensor) -> list[Tensor]:
         """Feature maps (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the last one at each of strides 2, 4, 8, 16, 32.
 
-        Channels are 16, 24, 40, 112 and 320. Sides are rounded up.
+        Channels are `STAGE_CHANNELS`. Sides are rounded up.
         """
         net = self.net
         x = ((images + 1) * 127.5 - PIXEL_MEAN) / PIXEL_STD

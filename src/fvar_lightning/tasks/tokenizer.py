@@ -28,9 +28,10 @@ from fvar_lightning.tokenizer.alias import AliasPass, AliasTokenizer
 from fvar_lightning.tokenizer.build import Kind, build_tokenizer
 from fvar_lightning.tokenizer.losses import (
     TEXTURE_WINDOW,
-    PatchDiscriminator,
+    Discriminator,
     Perceptual,
     adaptive_weight,
+    build_discriminator,
     discriminator_loss,
     generator_loss,
     perceptual_loss,
@@ -63,7 +64,8 @@ class TokenizerTask(LightningModule):
         texture_weight: of the `texture_loss`; 0: none (structure).
         adversarial_weight: of the discriminator's opinion, on top of the adaptive weight; 0: none (structure).
         adversarial_start: part of the run before the discriminator joins.
-        discriminator_ch: width of the `PatchDiscriminator`.
+        discriminator: ``patch``: `PatchDiscriminator`; ``efficientnet_lite1``: `FeatureDiscriminator`.
+        discriminator_ch: its width.
         scale_dropout: probability that a sample is decoded after an earlier scale, against the focus state of that
             scale, so that a partial token sequence decodes to a blurred image (structure).
         noise: standard deviation of the noise on the input at the first and the last scale (beta of the paper), in
@@ -96,6 +98,7 @@ class TokenizerTask(LightningModule):
         texture_weight: float = 0.0,
         adversarial_weight: float = 0.0,
         adversarial_start: float = 0.2,
+        discriminator: Discriminator = "patch",
         discriminator_ch: int = 64,
         scale_dropout: float = 0.1,
         noise: tuple[float, float] = (1e-3, 1e-2),
@@ -106,8 +109,12 @@ class TokenizerTask(LightningModule):
     ) -> None:
         super().__init__()
         self.schedule = FocusSchedule.of(schedule)
-        if perceptual not in get_args(Perceptual):
-            raise ValueError(f"perceptual must be one of {get_args(Perceptual)}, got {perceptual!r}")
+        for name, value, choices in (
+            ("perceptual", perceptual, get_args(Perceptual)),
+            ("discriminator", discriminator, get_args(Discriminator)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         if not 0 <= scale_dropout < 1:
             raise ValueError(f"scale_dropout must lie in [0, 1), got {scale_dropout}")
         if not 0 <= adversarial_start <= 1:
@@ -150,7 +157,7 @@ class TokenizerTask(LightningModule):
         self.perceptual = perceptual
         # in a list: a frozen network is neither trained nor saved
         self._perceptual: list[nn.Module] = []
-        self.discriminator = PatchDiscriminator(discriminator_ch) if adversarial_weight > 0 else None
+        self.discriminator = build_discriminator(discriminator, discriminator_ch) if adversarial_weight > 0 else None
         # the last scale is sharp and has no residual
         self.scales = self.schedule.num_scales - (kind == "alias")
         self.usage = CodebookUsage(self.scales, vocab_size)
@@ -238,7 +245,7 @@ class TokenizerTask(LightningModule):
         return loss
 
     def _adversarial(
-        self, discriminator: PatchDiscriminator, passed: AliasPass, loss: Tensor, terms: dict[str, Tensor]
+        self, discriminator: nn.Module, passed: AliasPass, loss: Tensor, terms: dict[str, Tensor]
     ) -> Tensor:
         """Both sides of the game as one loss: neither reaches the other's weights, so one optimiser serves both."""
         if self.global_step < self.adversarial_start * self.trainer.estimated_stepping_batches:

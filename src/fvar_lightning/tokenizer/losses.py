@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fvar_lightning.frozen import EfficientNetLite, load_lpips
+from fvar_lightning.frozen import STAGE_CHANNELS, EfficientNetLite, load_lpips
 
 Perceptual = Literal["none", "efficientnet_lite1", "lpips"]
+Discriminator = Literal["patch", "efficientnet_lite1"]
 
 
 def pixel_loss(reconstruction: Tensor, target: Tensor, l1: float, l2: float) -> Tensor:
@@ -86,7 +87,7 @@ def perceptual_loss(kind: Perceptual) -> nn.Module:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): (B, 3, H, W) -> (B, 1, about H / 2^layers, ...) scores, high for real.
+    """PatchGAN (Isola et al. 2017): (B, 3, H, W) -> one map (B, 1, about H / 2^layers, ...) of scores, high for real.
 
     Args:
         ch: width of the first layer, doubling with each.
@@ -101,19 +102,51 @@ class PatchDiscriminator(nn.Module):
             body += [nn.Conv2d(wide // 2, wide, 4, 2, 1), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*body, nn.Conv2d(ch * 2 ** (layers - 1), 1, 3, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.body(images)
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.body(images)]
+
+
+class FeatureDiscriminator(nn.Module):
+    """Judges frozen features instead of pixels (Projected GAN, Sauer et al. 2021).
+
+    A small head on each of five stages of EfficientNet-Lite1: (B, 3, H, W) in [-1, 1] -> five maps of scores, high for
+    real, at strides 2 to 32. Only the heads are trained and saved.
+
+    Args:
+        ch: width of the heads.
+    """
+
+    def __init__(self, ch: int = 64) -> None:
+        super().__init__()
+        # in a tuple: neither trained nor saved
+        self._network = (EfficientNetLite("lite1"),)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, ch, 1), nn.LeakyReLU(0.2), nn.Conv2d(ch, 1, 3, 1, 1))
+            for channels in STAGE_CHANNELS
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self._network[0].to(images.device).stages(images)
+        # every place of length sqrt(C), as the heads' initialisation expects
+        pairs = zip(self.heads, maps, strict=True)
+        return [head(F.normalize(x, dim=1) * x.shape[1] ** 0.5) for head, x in pairs]
+
+
+def build_discriminator(kind: Discriminator, ch: int) -> PatchDiscriminator | FeatureDiscriminator:
+    """A discriminator by its name."""
+    return PatchDiscriminator(ch) if kind == "patch" else FeatureDiscriminator(ch)
 
 
 def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss; trains the discriminator alone."""
-    return 0.5 * (F.relu(1 - discriminator(real.detach())) + F.relu(1 + discriminator(fake.detach()))).mean()
+    """Hinge loss, the mean over the maps of scores; trains the discriminator alone."""
+    pairs = zip(discriminator(real.detach()), discriminator(fake.detach()), strict=True)
+    return torch.stack([0.5 * (F.relu(1 - x).mean() + F.relu(1 + y).mean()) for x, y in pairs]).mean()
 
 
 def generator_loss(discriminator: nn.Module, fake: Tensor) -> Tensor:
     """Minus the mean score; reaches the images, never the discriminator's weights."""
     fixed = {name: p.detach() for name, p in discriminator.named_parameters()}
-    return -functional_call(discriminator, fixed, fake).mean()
+    return -torch.stack([x.mean() for x in functional_call(discriminator, fixed, fake)]).mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, most: float = 1.0) -> Tensor:
