@@ -5,8 +5,9 @@
 
 For every target and seed: a structure tokenizer, its figures on the validation images, a student alone (no teacher) on
 its tokens, and the Frechet distance of what that generates to the validation images. Beside them the same autoencoder
-without a quantiser, and the alias tokenizer. Prints a Markdown table. Every step is kept as soon as it is done: the
-same command goes on where it was stopped, and two with different --seeds may run at once.
+without a quantiser, `view` without some of its losses, and the alias tokenizer. Prints Markdown tables. Every step is
+kept as soon as it is done: the same command goes on where it was stopped, and two with different --seeds may run at
+once.
 """
 
 import argparse
@@ -15,14 +16,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from torch.utils.data import DataLoader, Subset
+
 from fvar_lightning.cli import configs
+from fvar_lightning.data.datamodule import ImageDataModule
+from fvar_lightning.evaluation.extractors import EfficientNetLite0
 from fvar_lightning.evaluation.report import write_json
+from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics
 from fvar_lightning.quickstart import run, train
 
-VARIANTS = ("view", "full", "feature", "unquantised", "alias")
+TARGETS = ("view", "full", "feature")
+OF_VIEW = {
+    "unquantised": ["--model.warmup_steps=1000000"],
+    "no_texture": ["--model.texture_weight=0"],
+    "pixels": ["--model.texture_weight=0", "--model.perceptual=none"],
+}
+"""Variants of `view`, and their arguments."""
+VARIANTS = (*TARGETS, *OF_VIEW, "alias")
 QUICKSTART = configs() / "quickstart"
-GENERATED = 640
-"""Images. Fewer than the extractor's features: the Frechet distances compare among themselves only."""
+GENERATED, REAL = 640, 1000
+"""Images, at most. Fewer than the extractor's features: the Frechet distances compare among themselves only."""
 
 SETS = {
     "scenes128": [f"--data={QUICKSTART / 'data.yaml'}"],
@@ -35,10 +48,10 @@ SHOWN = {
     "tokenizer ssim": "SSIM",
     "tokenizer high_band": "high band, dB",
     "tokenizer fd_": "reconstructions: Frechet distance, ",
+    "tokenizer focus_psnr/": "PSNR at focus state ",
     "tokenizer usage/": "usage ",
     "tokenizer snr/": "SNR, dB, ",
     "student fd_": "generated: Frechet distance, ",
-    "student kd_": "generated: kernel distance, ",
 }
 """Figures in the table, by file and beginning of the name, and what they are called there."""
 
@@ -53,9 +66,8 @@ def tokenizer_of(name: str, variant: str, seed: int) -> list[str]:
     """Arguments that choose the tokenizer."""
     if variant == "alias":
         return [f"--model.seed={seed}"]
-    target = "view" if variant == "unquantised" else variant
-    never = ["--model.warmup_steps=1000000"] if variant == "unquantised" else []
-    return [f"--model.seed={seed}", f"--model.targets={target}", *NETWORKS[name], *never]
+    target = variant if variant in TARGETS else "view"
+    return [f"--model.seed={seed}", f"--model.targets={target}", *NETWORKS[name], *OF_VIEW.get(variant, [])]
 
 
 def tokenizer_figures(variant: str, folder: Path, arguments: list[str], effort: float) -> dict[str, float]:
@@ -72,15 +84,27 @@ def student_figures(folder: Path, images: list[str], seed: int, effort: float) -
     alone = f"--config={configs() / 'ablation' / 'no_teacher.yaml'}"
     tokenizer = f"--model.structure_tokenizer={folder / 'structure' / 'last.ckpt'}"
     arguments = [alone, *images, tokenizer, f"--model.seed={seed}"]
-    train("fvar", folder, effort, [*arguments, "--trainer.limit_val_batches=0"])
-    metrics = ["--trainer.callbacks=GenerationMetrics", "--trainer.callbacks.real=val"]
+    data = train("fvar", folder, effort, [*arguments, "--trainer.limit_val_batches=0"]).datamodule
+    reference = folder.parents[1] / "real.npz"
+    if not reference.is_file():
+        real_statistics(data).save(reference)
+    metrics = ["--trainer.callbacks=GenerationMetrics", f"--trainer.callbacks.reference={reference}"]
     metrics.append(f"--trainer.callbacks.num_samples={GENERATED}")
     return validate(QUICKSTART / "fvar.yaml", folder, [*arguments, *metrics], folder / "fvar" / "last.ckpt")
 
 
+def real_statistics(data: ImageDataModule) -> Statistics:
+    """Of the first validation images, which generated ones are compared with."""
+    extractor, images = EfficientNetLite0(), data.real_images("val")
+    statistics = FeatureStatistics(extractor.name, extractor.num_features, data.schedule.image_size)
+    for pixels, _ in DataLoader(Subset(images, range(min(REAL, len(images)))), batch_size=50):
+        statistics.update(*extractor(pixels))
+    return statistics.compute()
+
+
 def validate(config: Path, folder: Path, arguments: list[str], checkpoint: Path) -> dict[str, float]:
-    """`fvar validate` on 2000 images at most: its figures."""
-    common = ["--trainer.logger=false", f"--trainer.default_root_dir={folder}", "--trainer.limit_val_batches=125"]
+    """`fvar validate` on 512 images at most: its figures."""
+    common = ["--trainer.logger=false", f"--trainer.default_root_dir={folder}", "--trainer.limit_val_batches=32"]
     cli = run(["validate", f"--config={config}", *arguments, *common, f"--ckpt_path={checkpoint}"])
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
@@ -95,7 +119,7 @@ def study(name: str, variant: str, seed: int, source: str, folder: Path, effort:
         arguments = [*seeded, *tokenizer_of(name, variant, seed)]
         write_json(path, tokenizer_figures(variant, folder, arguments, effort))
     path = folder / "student.json"
-    if variant in ("view", "full", "feature") and not path.is_file():
+    if variant in TARGETS and not path.is_file():
         write_json(path, student_figures(folder, seeded, seed, effort))
 
 
@@ -142,7 +166,7 @@ def main(args: Sequence[str] | None = None) -> str:
     for seed in options.seeds:
         for variant in options.variants:
             study(options.set, variant, seed, options.images, folder / variant / str(seed), options.effort)
-    return f"{table(folder, VARIANTS[:4])}\n\n{table(folder, VARIANTS[4:])}"
+    return "\n\n".join(table(folder, group) for group in (TARGETS, ("view", *OF_VIEW), ("alias",)))
 
 
 if __name__ == "__main__":
