@@ -5,7 +5,7 @@
 
 For every target and seed: a structure tokenizer, its figures on the validation images, a student alone (no teacher) on
 its tokens, and the Frechet distance of what that generates to the validation images. Beside them the same autoencoder
-without a quantiser, `view` without some of its losses, and the alias tokenizer. Prints Markdown tables. Every step is
+without a quantiser, `view` without its texture loss, and the alias tokenizer. Prints Markdown tables. Every step is
 kept as soon as it is done: the same command goes on where it was stopped, and two with different --seeds may run at
 once.
 """
@@ -29,7 +29,6 @@ TARGETS = ("view", "full", "feature")
 OF_VIEW = {
     "unquantised": ["--model.warmup_steps=1000000"],
     "no_texture": ["--model.texture_weight=0"],
-    "pixels": ["--model.texture_weight=0", "--model.perceptual=none"],
 }
 """Variants of `view`, and their arguments."""
 VARIANTS = (*TARGETS, *OF_VIEW, "alias")
