@@ -46,6 +46,7 @@ SHOWN = {
     "tokenizer psnr": "PSNR, dB",
     "tokenizer ssim": "SSIM",
     "tokenizer high_band": "high band, dB",
+    "tokenizer grid/reconstructed": "grid artefact, dB",
     "tokenizer fd_": "reconstructions: Frechet distance, ",
     "tokenizer focus_psnr/": "PSNR at focus state ",
     "tokenizer usage/": "usage ",
