@@ -500,6 +500,17 @@ def test_averaged_and_raw_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_swapped_networks_is_refused(tmp_path: Path) -> None:
+    file, _ = trained(tmp_path)
+    contents = torch.load(file, weights_only=True)
+    contents["networks"]["student"] = contents["networks"]["vae"]
+    own = {name: x for name, x in contents["state_dict"].items() if name.startswith("vae.")}
+    contents["state_dict"] = own | {name.replace("vae.", "student.", 1): x for name, x in own.items()}
+    torch.save(contents, file)
+    with pytest.raises(ValueError, match="describes other networks than a student and a structure tokenizer"):
+        load_fvar_checkpoint(file)
+
+
 def test_a_checkpoint_without_averages(tmp_path: Path) -> None:
     file, student = trained(tmp_path)
     for weights in ("raw", "ema"):

@@ -129,7 +129,7 @@ def test_scale_dropout_teaches_partial_tokens_to_decode_to_their_focus_state(
     ids=["structure", "alias", "adversarial and revival"],
 )  # fmt: skip
 def test_a_resumed_run_reaches_the_same_weights(args: list[str], tmp_path: Path, image_folder: Path) -> None:
-    checkpoint = [*args,"--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
+    checkpoint = [*args, "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
                   f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.callbacks.every_n_train_steps=3",
                   "--trainer.callbacks.filename=half"]  # fmt: skip
     fit("tokenizer.yaml", image_folder, tmp_path / "whole", checkpoint)

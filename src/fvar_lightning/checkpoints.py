@@ -129,8 +129,8 @@ def load_fvar_checkpoint(path: str | Path, weights: Weights = "ema") -> Pretrain
         state = checkpoint.get(RAW, state)
     var = rebuild(networks["student"], part_of(state, "student"), f"the student in {str(path)!r}")
     vae = rebuild(networks["vae"], part_of(state, "vae"), f"the structure tokenizer in {str(path)!r}")
-    assert isinstance(var, VAR)
-    assert isinstance(vae, VQVAE)
+    if not isinstance(var, VAR) or not isinstance(vae, VQVAE):
+        raise ValueError(f"checkpoint {str(path)!r} describes other networks than a student and a structure tokenizer")
     arguments = checkpoint.get("hyper_parameters", {})
     names = arguments.get("class_names") or [str(label) for label in range(var.num_classes)]
     sampling = {name: arguments[name] for name in SAMPLING if name in arguments}
