@@ -13,13 +13,13 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvar_lightning.data.datamodule import ImageDataModule
-from fvar_lightning.evaluation.callbacks import AliasMetrics, GenerationMetrics
-from fvar_lightning.evaluation.extractors import FeatureExtractor, Features
+from fvar_lightning.callbacks import AliasMetrics, GenerationMetrics
+from fvar_lightning.callbacks.writers import SampleWriter
+from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.metrics.extractors import FeatureExtractor, Features
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tokenizer.build import build_tokenizer
-from fvar_lightning.writers import SampleWriter
 
 LAYOUT = {"patch_nums": (1, 2, 4), "patch_size": 4, "focus_states": 2, "max_radius": 0.75, "schedule": "cosine"}
 SAMPLES = 7

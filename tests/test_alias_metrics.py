@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fvar_lightning.evaluation.alias import AliasEnergyRatio, ShiftEquivariance, ideal_lowpass, translate
-from fvar_lightning.evaluation.spectra import GridArtifact, RadialSpectrumDistance
+from fvar_lightning.metrics.alias import AliasEnergyRatio, ShiftEquivariance, ideal_lowpass, translate
+from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
 from fvar_lightning.optics.psf import disk_psf, gaussian_psf
 
 N, S = 256, 8

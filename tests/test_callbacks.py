@@ -31,8 +31,7 @@ from evaluation_worker import (
     run,
     write_tokenizers,
 )
-from fvar_lightning.cli import main
-from fvar_lightning.evaluation.callbacks import (
+from fvar_lightning.callbacks import (
     AliasMetrics,
     GenerationMetrics,
     ReconstructionMetrics,
@@ -41,14 +40,15 @@ from fvar_lightning.evaluation.callbacks import (
     TokenizerPictures,
     log_picture,
 )
-from fvar_lightning.evaluation.callbacks.reconstruction import local_lpips
-from fvar_lightning.evaluation.extractors import to_uint8
-from fvar_lightning.evaluation.plots import bar_chart, line_chart
-from fvar_lightning.evaluation.report import file_sha256, weights_sha256
-from fvar_lightning.evaluation.statistics import Statistics
+from fvar_lightning.callbacks.reconstruction import local_lpips
+from fvar_lightning.cli import main
+from fvar_lightning.metrics.extractors import to_uint8
+from fvar_lightning.metrics.plots import bar_chart, line_chart
+from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.weights.identity import file_sha256, weights_sha256
 
 CONF = Path(__file__).parent / "conf"
 WORKER = Path(__file__).parent / "evaluation_worker.py"
@@ -146,7 +146,7 @@ def test_report_holds_what_makes_a_figure_traceable(tokenizers: list[str], image
 
 def test_protocol_from_the_command_line(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
     """Short names, the offline extractor by its class path, and a configuration that comes after the model's."""
-    extractor = {"class_path": "fvar_lightning.evaluation.EfficientNetLite0"}
+    extractor = {"class_path": "fvar_lightning.metrics.EfficientNetLite0"}
     options = {"num_samples": 2, "cache": str(tmp_path / "cache"), "extractor": extractor}
     callbacks = [{"class_path": "GenerationMetrics", "init_args": options}, {"class_path": "SamplePictures"}]
     (tmp_path / "protocol.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": callbacks}}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fvar_lightning.evaluation.charts import (
+from fvar_lightning.metrics.charts import (
     edge_mtf,
     fine_text,
     moire_energy,
@@ -17,7 +17,7 @@ from fvar_lightning.evaluation.charts import (
     slanted_edge,
     zone_plate,
 )
-from fvar_lightning.evaluation.legibility import rapid_ocr, render_words, text_legibility
+from fvar_lightning.metrics.legibility import rapid_ocr, render_words, text_legibility
 
 
 @pytest.mark.parametrize("chart", [zone_plate, siemens_star, slanted_edge, fine_text])

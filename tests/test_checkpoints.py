@@ -12,16 +12,16 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
-from fvar_lightning.checkpoints import load_fvar_checkpoint, load_initial_weights, load_tokenizer
-from fvar_lightning.describe import build, describe
-from fvar_lightning.export import export
-from fvar_lightning.official import KNOWN_PATCH_NUMS, export_var_checkpoint, load_var_checkpoint, read_var
-from fvar_lightning.pretrained import from_pretrained, save_pretrained, save_safetensors
-from fvar_lightning.sampling import generate
+from fvar_lightning.generation.sampling import generate
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.checkpoints import load_fvar_checkpoint, load_initial_weights, load_tokenizer
+from fvar_lightning.weights.describe import build, describe
+from fvar_lightning.weights.export import export
+from fvar_lightning.weights.official import KNOWN_PATCH_NUMS, export_var_checkpoint, load_var_checkpoint, read_var
+from fvar_lightning.weights.pretrained import from_pretrained, save_pretrained, save_safetensors
 
 SIDES = (1, 2, 3)
 SCHEDULE = FocusSchedule(SIDES, patch_size=4, focus_states=2, max_radius=2.0)

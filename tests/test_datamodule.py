@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
-from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
 from fvar_lightning.data.datasets import FolderDataset
+from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
 from fvar_lightning.data.tokens import TokenDataset, TokenMeta, remove_tokens, write_index, write_tokens
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvar_lightning.describe import describe
-from fvar_lightning.editing import composite, edit, fill_hole, outpaint_canvas, replaced, requantised
-from fvar_lightning.evaluation.extractors import ModuleExtractor
+from fvar_lightning.generation.editing import composite, edit, fill_hole, outpaint_canvas, replaced, requantised
+from fvar_lightning.generation.sampling import generate, sample
+from fvar_lightning.metrics.extractors import ModuleExtractor
 from fvar_lightning.optics.refocus import Refocus
-from fvar_lightning.sampling import generate, sample
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.describe import describe
 
 SCHEDULE = FocusSchedule((1, 2, 3, 4, 8), patch_size=4, focus_states=3)
 SIZE = SCHEDULE.image_size

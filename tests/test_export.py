@@ -7,10 +7,10 @@ import torch
 
 from evaluation_worker import LAYOUT, write_tokenizers
 from fvar_lightning.cli import main
-from fvar_lightning.official import load_var_checkpoint
-from fvar_lightning.pretrained import Pretrained, from_pretrained
-from fvar_lightning.sampling import generate
+from fvar_lightning.generation.sampling import generate
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.official import load_var_checkpoint
+from fvar_lightning.weights.pretrained import Pretrained, from_pretrained
 
 CONF = Path(__file__).parent / "conf" / "fvar.yaml"
 LABELS, SEEDS = torch.tensor([1, 0]), [4, 9]

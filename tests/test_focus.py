@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fvar_lightning.focus import between, refocused
-from fvar_lightning.guidance import constant, interval, ramp
+from fvar_lightning.generation.focus import between, refocused
+from fvar_lightning.generation.guidance import constant, interval, ramp
+from fvar_lightning.generation.sampling import generate, generate_stages, guidance_scales
 from fvar_lightning.optics.refocus import Refocus
-from fvar_lightning.sampling import generate, generate_stages, guidance_scales
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR

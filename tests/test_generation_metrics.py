@@ -11,15 +11,15 @@ import torch_fidelity
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from fvar_lightning.evaluation.extractors import ModuleExtractor
-from fvar_lightning.evaluation.generation import (
+from fvar_lightning.metrics.extractors import ModuleExtractor
+from fvar_lightning.metrics.generation import (
     frechet_distance,
     generation_figures,
     inception_score,
     kernel_distance,
     precision_recall,
 )
-from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics, adm_images, statistics_file
+from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics, adm_images, statistics_file
 
 DIM, CLASSES = 16, 7
 

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fvar_lightning.cli import FVARCommandLine, main
-from fvar_lightning.frozen import STAGE_CHANNELS, EfficientNetLite, LPIPSNetwork, load_lpips, lpips_file
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tokenizer import losses
+from fvar_lightning.tokenizer.frozen import STAGE_CHANNELS, EfficientNetLite, LPIPSNetwork, load_lpips, lpips_file
 from fvar_lightning.tokenizer.losses import (
     Discriminator,
     FeatureDiscriminator,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fvar_lightning.official import export_var_checkpoint, load_var_checkpoint
-from fvar_lightning.sampling import generate
+from fvar_lightning.generation.sampling import generate
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.official import export_var_checkpoint, load_var_checkpoint
 from golden.make_golden import names_digest
 from golden.recipe import (
     CONFIGS,

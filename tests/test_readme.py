@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fvar_lightning.official import export_var_checkpoint, load_var_checkpoint
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.official import export_var_checkpoint, load_var_checkpoint
 
 README = Path(__file__).parents[1] / "README.md"
 

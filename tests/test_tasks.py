@@ -9,10 +9,8 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from fvar_lightning.checkpoints import load_tokenizer
 from fvar_lightning.cli import main
 from fvar_lightning.data.batches import ImageBatch, TokenBatch
-from fvar_lightning.files import read_checkpoint
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
@@ -20,6 +18,8 @@ from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tasks.training import batch_generator, parameter_groups, warmup_linear
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
+from fvar_lightning.weights.checkpoints import load_tokenizer
+from fvar_lightning.weights.files import read_checkpoint
 
 CONF = Path(__file__).parent / "conf"
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fvar_lightning.metrics.tokenizer import CodebookUsage, SignalToNoise, perplexity
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.codebook import Codebook
-from fvar_lightning.tokenizer.metrics import CodebookUsage, SignalToNoise, perplexity
 from fvar_lightning.tokenizer.quantizer import MultiScaleQuantizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 

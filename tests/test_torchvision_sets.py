@@ -14,8 +14,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from fvar_lightning.data.datamodule import ImageDataModule
 from fvar_lightning.data.images import ImageTransform
+from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.data.torchvision_sets import TorchvisionDataset, load_torchvision
 from fvar_lightning.schedule import FocusSchedule
 

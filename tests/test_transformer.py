@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fvar_lightning.sampling import Noise, generate, generate_stages, guidance_scales, truncate
+from fvar_lightning.generation.sampling import Noise, generate, generate_stages, guidance_scales, truncate
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.layers import KVCache, block_causal_attention

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from evaluation_worker import make_data, make_task, make_trainer, write_tokenizers
+from fvar_lightning.callbacks.samples import Sample, SampleFolder
+from fvar_lightning.callbacks.writers import SampleWriter
 from fvar_lightning.cli import main
 from fvar_lightning.data.loaders import SampleRequests
-from fvar_lightning.evaluation.statistics import adm_images
-from fvar_lightning.samples import Sample, SampleFolder
+from fvar_lightning.metrics.statistics import adm_images
 from fvar_lightning.tasks.fvar import FVARTask
-from fvar_lightning.writers import SampleWriter
 
 
 @pytest.fixture(scope="module")

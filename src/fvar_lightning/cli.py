@@ -11,21 +11,21 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fvar_lightning.data.datamodule import ImageDataModule, TokenDataModule
-from fvar_lightning.evaluation.callbacks import (
+from fvar_lightning.callbacks import (
     AliasMetrics,
     GenerationMetrics,
     ReconstructionMetrics,
     SamplePictures,
     TokenizerPictures,
 )
-from fvar_lightning.evaluation.extractors import EfficientNetLite0, Inception
-from fvar_lightning.export import export_command
-from fvar_lightning.files import read_checkpoint
-from fvar_lightning.memory import keep_memory
+from fvar_lightning.callbacks.writers import SampleWriter, TokenWriter
+from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
+from fvar_lightning.metrics.extractors import EfficientNetLite0, Inception
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.memory import keep_memory
 from fvar_lightning.tasks.tokenizer import TokenizerTask
-from fvar_lightning.writers import SampleWriter, TokenWriter
+from fvar_lightning.weights.export import export_command
+from fvar_lightning.weights.files import read_checkpoint
 
 COMPONENTS = (
     ImageDataModule,

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fvar_lightning.cli import FVARCommandLine, configs, main
 from fvar_lightning.data.batches import ImageBatch
-from fvar_lightning.data.datamodule import ImageDataModule
-from fvar_lightning.files import read_checkpoint
-from fvar_lightning.pictures import plot_losses, pyramid, read_metrics, tile
-from fvar_lightning.sampling import generate_stages
+from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.generation.sampling import generate_stages
+from fvar_lightning.metrics.pictures import plot_losses, pyramid, read_metrics, tile
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.files import read_checkpoint
 
 STAGES = ("structure", "alias", "fvar")
 CROPS_PER_IMAGE = 2

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation_worker import make_trainer
-from fvar_lightning.data.datamodule import ImageDataModule
-from fvar_lightning.evaluation.callbacks import AliasMetrics, GenerationMetrics
-from fvar_lightning.evaluation.extractors import FeatureExtractor, Features
+from fvar_lightning.callbacks import AliasMetrics, GenerationMetrics
+from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.metrics.extractors import FeatureExtractor, Features
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tokenizer.build import build_tokenizer

@@ -28,8 +28,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fvar_lightning.official import load_var_checkpoint
-from fvar_lightning.sampling import generate
+from fvar_lightning.generation.sampling import generate
+from fvar_lightning.weights.official import load_var_checkpoint
 from golden.official import build_official
 from golden.recipe import DERIVED, Config, weights
 

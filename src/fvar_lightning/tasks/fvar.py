@@ -11,12 +11,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from fvar_lightning.checkpoints import load_initial_weights, load_tokenizer
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
-from fvar_lightning.data.datamodule import TokenDataModule
+from fvar_lightning.data.modules import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
-from fvar_lightning.describe import describe, differences
-from fvar_lightning.sampling import generate, generate_stages
+from fvar_lightning.generation.sampling import generate, generate_stages
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import (
     batch_generator,
@@ -30,6 +28,8 @@ from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, logit_loss, token_loss
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.checkpoints import load_initial_weights, load_tokenizer
+from fvar_lightning.weights.describe import describe, differences
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from fvar_lightning.data.batches import ImageBatch
-from fvar_lightning.describe import describe
+from fvar_lightning.metrics.tokenizer import CodebookUsage, SignalToNoise
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.training import (
     batch_generator,
@@ -38,8 +38,8 @@ from fvar_lightning.tokenizer.losses import (
     pixel_loss,
     texture_loss,
 )
-from fvar_lightning.tokenizer.metrics import CodebookUsage, SignalToNoise
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
+from fvar_lightning.weights.describe import describe
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fvar_lightning.describe import describe, rebuild
-from fvar_lightning.files import replacing
-from fvar_lightning.sampling import check_models
+from fvar_lightning.generation.sampling import check_models
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.describe import describe, rebuild
+from fvar_lightning.weights.files import replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SAMPLING = ("guidance", "top_k", "top_p", "more_smooth")

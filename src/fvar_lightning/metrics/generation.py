@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from fvar_lightning.evaluation.statistics import Statistics
+from fvar_lightning.metrics.statistics import Statistics
 
 
 def _comparable(generated: Statistics, real: Statistics) -> None:

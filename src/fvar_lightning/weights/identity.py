@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fvar_lightning.files import replacing
+from fvar_lightning.weights.files import replacing
 
 PACKAGES = ("fvar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "torch-fidelity", "numpy", "pillow")
 

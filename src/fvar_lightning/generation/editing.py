@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fvar_lightning.generation.sampling import Revise, check_models, generate
 from fvar_lightning.optics.refocus import Refocus
-from fvar_lightning.sampling import Revise, check_models, generate
 from fvar_lightning.tokenizer.codebook import exact
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR

@@ -4,12 +4,12 @@ from typing import Any
 
 from lightning import Trainer
 
+from fvar_lightning.callbacks.base import StudentEvaluation, num_batches
+from fvar_lightning.callbacks.loggers import log_pictures
 from fvar_lightning.data.batches import ImageBatch
-from fvar_lightning.evaluation.alias import decibel
-from fvar_lightning.evaluation.callbacks.base import StudentEvaluation, num_batches
-from fvar_lightning.evaluation.callbacks.loggers import log_pictures
-from fvar_lightning.evaluation.plots import line_chart
-from fvar_lightning.evaluation.spectra import GridArtifact, RadialSpectrumDistance
+from fvar_lightning.metrics.alias import decibel
+from fvar_lightning.metrics.plots import line_chart
+from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
 from fvar_lightning.tasks.fvar import FVARTask
 
 

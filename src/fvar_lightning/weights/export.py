@@ -7,12 +7,12 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from fvar_lightning.checkpoints import Weights, has_averages, load_fvar_checkpoint
-from fvar_lightning.describe import describe, differences
-from fvar_lightning.official import export_var_checkpoint
-from fvar_lightning.pretrained import CONFIG, WEIGHTS, save_pretrained, save_safetensors
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.checkpoints import Weights, has_averages, load_fvar_checkpoint
+from fvar_lightning.weights.describe import describe, differences
+from fvar_lightning.weights.official import export_var_checkpoint
+from fvar_lightning.weights.pretrained import CONFIG, WEIGHTS, save_pretrained, save_safetensors
 
 Format = Literal["pretrained", "safetensors", "var"]
 

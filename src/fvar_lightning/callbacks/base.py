@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from fvar_lightning.evaluation.report import file_sha256, weights_sha256
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.identity import file_sha256, weights_sha256
 
 T = TypeVar("T")
 Weights = Literal["ema", "raw"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from fvar_lightning.evaluation.alias import decibel
+from fvar_lightning.metrics.alias import decibel
 
 
 def power_spectrum(images: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fvar_lightning.data.datamodule import ImageDataModule
+from fvar_lightning.callbacks.base import progress
 from fvar_lightning.data.fingerprint import fingerprint
-from fvar_lightning.evaluation.callbacks.base import progress
-from fvar_lightning.evaluation.extractors import FeatureExtractor
-from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics, adm_images, statistics_file
+from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.metrics.extractors import FeatureExtractor
+from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics, adm_images, statistics_file
 
 Part = Literal["train", "val"]
 KEPT_FEATURES = 50_000

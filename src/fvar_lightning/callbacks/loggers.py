@@ -9,7 +9,7 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
-from fvar_lightning.files import replacing
+from fvar_lightning.weights.files import replacing
 
 
 def log_picture(logger: Logger, name: str, image: Image.Image, step: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fvar_lightning.evaluation.alias import decibel, ideal_lowpass
+from fvar_lightning.metrics.alias import decibel, ideal_lowpass
 
 ALPHABET = "The quick brown fox jumps over the lazy dog 0123456789"
 

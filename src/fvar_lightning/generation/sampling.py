@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvar_lightning.focus import refocused
-from fvar_lightning.guidance import ramp
+from fvar_lightning.generation.focus import refocused
+from fvar_lightning.generation.guidance import ramp
 from fvar_lightning.tokenizer.codebook import exact
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.layers import KVCache
@@ -115,15 +115,15 @@ def generate(
         vae: its structure tokenizer.
         labels: (B,) int64 on the models' device, 0..num_classes (num_classes: class-free).
         guidance: classifier-free guidance; a number g means g * s / (S - 1) at scale s (VAR), a sequence of S numbers
-            is taken as it is (`ramp`, `constant` and `interval` of `fvar_lightning.guidance` make some); 0 computes no
-            unconditional half.
+            is taken as it is (`ramp`, `constant` and `interval` of `fvar_lightning.generation.guidance` make some); 0
+            computes no unconditional half.
         top_k: keep the k likeliest tokens, 0: all; more than V means all.
         top_p: of these, keep the likeliest that hold this probability, 0: all.
         seeds: one per image: the image is then the same alone or in any batch.
         generator: one for the whole batch; without either, torch's default generator draws.
         more_smooth: mix codes by Gumbel softmax instead of drawing one (for pictures, not for evaluation).
         focus: blur of the image, any radius between the schedule's largest and 0, sharp; in pixels at full resolution,
-            see `fvar_lightning.focus`. The same seeds give the same image at every focus.
+            see `fvar_lightning.generation.focus`. The same seeds give the same image at every focus.
         revise: may force tokens at every scale (editing); they escape `more_smooth`.
 
     Raises:

@@ -6,14 +6,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fvar_lightning.describe import check_weights, describe, differences, rebuild
-from fvar_lightning.files import read_checkpoint
-from fvar_lightning.official import is_official, load_vae, read_var
-from fvar_lightning.pretrained import SAMPLING, ModelInfo, Pretrained, is_pretrained, part_of, read_pretrained
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.describe import check_weights, describe, differences, rebuild
+from fvar_lightning.weights.files import read_checkpoint
+from fvar_lightning.weights.official import is_official, load_vae, read_var
+from fvar_lightning.weights.pretrained import SAMPLING, ModelInfo, Pretrained, is_pretrained, part_of, read_pretrained
 
 Weights = Literal["ema", "raw"]
 

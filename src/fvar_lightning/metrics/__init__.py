@@ -1,7 +1,7 @@
 """What is measured of generated and reconstructed images: extractors, generation figures, alias and detail metrics."""
 
-from fvar_lightning.evaluation.alias import AliasEnergyRatio, ShiftEquivariance
-from fvar_lightning.evaluation.charts import (
+from fvar_lightning.metrics.alias import AliasEnergyRatio, ShiftEquivariance
+from fvar_lightning.metrics.charts import (
     edge_mtf,
     fine_text,
     moire_energy,
@@ -10,14 +10,14 @@ from fvar_lightning.evaluation.charts import (
     slanted_edge,
     zone_plate,
 )
-from fvar_lightning.evaluation.extractors import (
+from fvar_lightning.metrics.extractors import (
     EfficientNetLite0,
     FeatureExtractor,
     Inception,
     ModuleExtractor,
     to_uint8,
 )
-from fvar_lightning.evaluation.generation import (
+from fvar_lightning.metrics.generation import (
     Figures,
     frechet_distance,
     generation_figures,
@@ -25,9 +25,9 @@ from fvar_lightning.evaluation.generation import (
     kernel_distance,
     precision_recall,
 )
-from fvar_lightning.evaluation.legibility import rapid_ocr, render_words, text_legibility
-from fvar_lightning.evaluation.spectra import GridArtifact, RadialSpectrumDistance
-from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics, adm_images, statistics_file
+from fvar_lightning.metrics.legibility import rapid_ocr, render_words, text_legibility
+from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
+from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics, adm_images, statistics_file
 
 __all__ = [
     "AliasEnergyRatio",

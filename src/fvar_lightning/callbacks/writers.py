@@ -9,10 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fvar_lightning.data.batches import TokenBatch
-from fvar_lightning.data.loaders import SharedLoaders
-from fvar_lightning.data.tokens import remove_tokens, write_index, write_tokens
-from fvar_lightning.evaluation.callbacks.base import (
+from fvar_lightning.callbacks.base import (
     Weights,
     check_choice,
     check_sampling,
@@ -20,9 +17,12 @@ from fvar_lightning.evaluation.callbacks.base import (
     progress,
     use_raw_weights,
 )
-from fvar_lightning.evaluation.report import versions
-from fvar_lightning.samples import Sample, SampleFolder
+from fvar_lightning.callbacks.samples import Sample, SampleFolder
+from fvar_lightning.data.batches import TokenBatch
+from fvar_lightning.data.loaders import SharedLoaders
+from fvar_lightning.data.tokens import remove_tokens, write_index, write_tokens
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.identity import versions
 
 Output = Literal["png", "npz", "both"]
 

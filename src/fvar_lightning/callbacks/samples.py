@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fvar_lightning.evaluation.extractors import to_uint8
-from fvar_lightning.files import replacing
+from fvar_lightning.metrics.extractors import to_uint8
+from fvar_lightning.weights.files import replacing
 
 PNG_END = b"IEND\xaeB`\x82"
 ORDER_SEED = 0

@@ -10,8 +10,8 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from fvar_lightning.evaluation.callbacks.base import StudentEvaluation, Weights, check_choice, identify_weights
-from fvar_lightning.evaluation.callbacks.real import (
+from fvar_lightning.callbacks.base import StudentEvaluation, Weights, check_choice, identify_weights
+from fvar_lightning.callbacks.real import (
     Part,
     default_cache,
     load_reference,
@@ -19,11 +19,11 @@ from fvar_lightning.evaluation.callbacks.real import (
     real_statistics,
     with_features,
 )
-from fvar_lightning.evaluation.extractors import EfficientNetLite0, FeatureExtractor, to_uint8
-from fvar_lightning.evaluation.generation import Figures, generation_figures
-from fvar_lightning.evaluation.report import versions, write_json
-from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics
+from fvar_lightning.metrics.extractors import EfficientNetLite0, FeatureExtractor, to_uint8
+from fvar_lightning.metrics.generation import Figures, generation_figures
+from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.identity import versions, write_json
 
 
 class GenerationMetrics(StudentEvaluation):

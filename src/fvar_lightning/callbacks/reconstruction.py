@@ -12,16 +12,16 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from fvar_lightning.evaluation.alias import decibel
-from fvar_lightning.evaluation.callbacks.alias import spectra_picture
-from fvar_lightning.evaluation.callbacks.base import is_last_batch
-from fvar_lightning.evaluation.callbacks.loggers import log_pictures
-from fvar_lightning.evaluation.extractors import EfficientNetLite0, FeatureExtractor, to_uint8
-from fvar_lightning.evaluation.generation import frechet_distance
-from fvar_lightning.evaluation.spectra import GridArtifact, RadialSpectrumDistance
-from fvar_lightning.evaluation.statistics import FeatureStatistics, Statistics
-from fvar_lightning.frozen import LPIPSNetwork, load_lpips, lpips_file
+from fvar_lightning.callbacks.alias import spectra_picture
+from fvar_lightning.callbacks.base import is_last_batch
+from fvar_lightning.callbacks.loggers import log_pictures
+from fvar_lightning.metrics.alias import decibel
+from fvar_lightning.metrics.extractors import EfficientNetLite0, FeatureExtractor, to_uint8
+from fvar_lightning.metrics.generation import frechet_distance
+from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
+from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics
 from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tokenizer.frozen import LPIPSNetwork, load_lpips, lpips_file
 from fvar_lightning.tokenizer.vqvae import VQVAE
 
 LPIPS_SIZE = 64
