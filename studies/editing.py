@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fvar_lightning import VAR, VQVAE, ImageDataModule, generate
-from fvar_lightning.data.modules import to_unit_range
+from fvar_lightning.atomic import write_json
+from fvar_lightning.data.pixels import to_uint8, to_unit_range
 from fvar_lightning.generation.editing import Method, composite, edit, fill_hole
-from fvar_lightning.metrics.extractors import EfficientNetLite0, to_uint8
+from fvar_lightning.metrics.extractors import EfficientNetLite0
 from fvar_lightning.metrics.generation import frechet_distance
 from fvar_lightning.metrics.pictures import tile
 from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics
 from fvar_lightning.weights.checkpoints import load_fvar_checkpoint
-from fvar_lightning.weights.identity import write_json
 
 LEVEL = 127.5
 """Eight-bit levels in a unit of our images."""

@@ -18,12 +18,12 @@ from statistics import mean, stdev
 
 from torch.utils.data import DataLoader, Subset
 
+from fvar_lightning.atomic import write_json
 from fvar_lightning.cli import configs
 from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.metrics.extractors import EfficientNetLite0
 from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics
 from fvar_lightning.quickstart import run, train
-from fvar_lightning.weights.identity import write_json
 
 TARGETS = ("view", "full", "feature")
 OF_VIEW = {

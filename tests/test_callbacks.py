@@ -42,8 +42,8 @@ from fvar_lightning.callbacks import (
 )
 from fvar_lightning.callbacks.reconstruction import local_lpips
 from fvar_lightning.cli import main
-from fvar_lightning.metrics.extractors import to_uint8
-from fvar_lightning.metrics.plots import bar_chart, line_chart
+from fvar_lightning.data.pixels import to_uint8
+from fvar_lightning.metrics.pictures import bar_chart, line_chart
 from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
@@ -494,7 +494,7 @@ def test_pictures_reach_every_kind_of_logger(tmp_path: Path) -> None:
 def test_bars_are_as_high_as_their_values() -> None:
     chart = np.asarray(bar_chart({"low": 0.25, "high": 1.0}, "title"))
     blue = (chart == (31, 119, 180)).all(-1)
-    half = chart.shape[1] // 2 + 20
+    half = chart.shape[1] // 2
     low, high = (blue[:, part].any(1).sum() for part in (slice(None, half), slice(half, None)))
     assert low / high == pytest.approx(0.25, abs=0.02)
     unseen = np.asarray(bar_chart({"unseen": float("nan")}, "title"))
@@ -504,10 +504,14 @@ def test_bars_are_as_high_as_their_values() -> None:
 
 
 def test_curves_run_between_their_extremes() -> None:
-    chart = np.asarray(line_chart({"a": [0.0, 1.0, 2.0], "b": [2.0, 2.0, 2.0]}, "title", ("0", "1")))
-    rising = np.argwhere((chart == (31, 119, 180)).all(-1))
-    ends = [rising[rising[:, 1] == x][:, 0].mean() for x in (60, 500)]
-    slope = (ends[0] - ends[1]) / (500 - 60)
-    assert slope == pytest.approx((300 - 30 - 36) / (560 - 52 - 12), rel=0.02)
-    with pytest.raises(ValueError, match="two values or more"):
-        line_chart({"a": [1.0]}, "title", ("0", "1"))
+    rising, flat = [(0.0, 0.0), (1.0, 1.0), (2.0, 2.0)], [(0.0, 2.0), (2.0, 2.0)]
+    chart = np.asarray(line_chart({"left": {"a": rising}, "right": {"a": rising, "b": flat}}, "step"))
+    blue = (chart == (31, 119, 180)).all(-1)
+    middle = chart.shape[1] // 2
+    for half in (blue[:, :middle], blue[:, middle:]):
+        rows, columns = np.nonzero(half[len(half) // 2 : int(0.8 * len(half))])  # below the legend
+        assert np.polyfit(columns, rows, 1)[0] < -0.3, "the curve rises from the lower left"
+    assert (chart == (255, 127, 14)).all(-1)[:, :middle].sum() == 0
+    assert (chart == (255, 127, 14)).all(-1)[:, middle:].sum() > 100
+    with pytest.raises(ValueError, match="panels must not be empty"):
+        line_chart({}, "step")

@@ -12,7 +12,8 @@ import torch_fidelity
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 
-from fvar_lightning.metrics.extractors import EfficientNetLite0, Inception, ModuleExtractor, to_uint8
+from fvar_lightning.data.pixels import to_uint8
+from fvar_lightning.metrics.extractors import EfficientNetLite0, Inception, ModuleExtractor
 from fvar_lightning.metrics.generation import frechet_distance, inception_score, kernel_distance
 from fvar_lightning.metrics.statistics import FeatureStatistics
 from fvar_lightning.tokenizer.frozen import EfficientNetLite

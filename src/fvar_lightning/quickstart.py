@@ -9,11 +9,13 @@ import yaml
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
+from fvar_lightning.atomic import write_json
+from fvar_lightning.callbacks.loggers import read_metrics
 from fvar_lightning.cli import FVARCommandLine, configs, main
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.generation.sampling import generate_stages
-from fvar_lightning.metrics.pictures import plot_losses, pyramid, read_metrics, tile
+from fvar_lightning.metrics.pictures import line_chart, pyramid, tile
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.weights.files import read_checkpoint
 
@@ -111,7 +113,7 @@ def run(args: list[str]) -> FVARCommandLine:
 def _add_seconds(path: Path, stage: str, seconds: float) -> None:
     spent = json.loads(path.read_text()) if path.is_file() else {}
     spent[stage] = spent.get(stage, 0) + seconds
-    path.write_text(json.dumps(spent))
+    write_json(path, spent)
 
 
 @torch.no_grad()
@@ -148,7 +150,7 @@ def write_report(folder: Path, task: FVARTask, data: ImageDataModule) -> None:
         stage: {name: points for name, points in found.items() if name.startswith("train/")}
         for stage, found in curves.items()
     }
-    plot_losses(losses, folder / "losses.png")
+    line_chart(losses, "step").save(folder / "losses.png")
     (folder / "report.md").write_text(report_text(folder, curves))
 
 

@@ -8,7 +8,7 @@ from fvar_lightning.callbacks.base import StudentEvaluation, num_batches
 from fvar_lightning.callbacks.loggers import log_pictures
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.alias import decibel
-from fvar_lightning.metrics.plots import line_chart
+from fvar_lightning.metrics.pictures import line_chart
 from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
 from fvar_lightning.tasks.fvar import FVARTask
 
@@ -69,5 +69,7 @@ def spectra_picture(metric: RadialSpectrumDistance, name: str) -> Any:
     with metric.sync_context():
         level = decibel(metric.power / metric.count[:, None]).cpu()
     level = level.clamp_min(level[level.isfinite()].min() if level.isfinite().any() else 0.0)
-    curves = {"real": level[1].tolist(), name: level[0].tolist()}
-    return line_chart(curves, "Power, dB", ("0", "0.5 cycles per pixel"))
+    frequencies = [(k + 1) / metric.image_size for k in range(level.shape[1])]
+    pairs = zip(("real", name), level.flip(0).tolist(), strict=True)
+    curves = {what: list(zip(frequencies, values, strict=True)) for what, values in pairs}
+    return line_chart({"Power, dB": curves}, "cycles per pixel")

@@ -1,7 +1,7 @@
 """StudentEvaluation: when callbacks generate images in validation and test, with which weights, and shared how."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from lightning import LightningModule, Trainer
@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.averages import Weights, has_averages, state_of
 from fvar_lightning.weights.identity import file_sha256, weights_sha256
+from fvar_lightning.weights.pretrained import check_sampling
 
 T = TypeVar("T")
-Weights = Literal["ema", "raw"]
 
 
 def use_raw_weights(task: LightningModule, checkpoint: Mapping[str, Any]) -> None:
@@ -23,8 +24,9 @@ def use_raw_weights(task: LightningModule, checkpoint: Mapping[str, Any]) -> Non
 
     For `on_load_checkpoint`, which comes after the averaged ones were loaded.
     """
-    if "current_model_state" in checkpoint:
-        task.load_state_dict(checkpoint["current_model_state"])
+    if not has_averages(checkpoint):
+        return
+    task.load_state_dict(state_of(checkpoint, "raw"))
 
 
 def identify_weights(trainer: Trainer, task: LightningModule) -> dict[str, str | None]:
@@ -43,19 +45,6 @@ def check_choice(name: str, value: str, choices: object) -> None:
     """Refuse a value that is not one of a `Literal`'s."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
-
-
-def check_sampling(sampling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A copy of the options that replace the task's.
-
-    Raises:
-        ValueError: naming those that sampling does not have.
-    """
-    known = {"guidance", "top_k", "top_p", "more_smooth"}
-    unknown = sorted(set(sampling or ()) - known)
-    if unknown:
-        raise ValueError(f"sampling may hold {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    return dict(sampling or {})
 
 
 class StudentEvaluation(Callback):

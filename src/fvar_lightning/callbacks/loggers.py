@@ -1,5 +1,6 @@
-"""log_picture(): a picture into whatever logger a run has."""
+"""log_picture(): a picture into whatever logger a run has; read_metrics(): figures out of what a CSV logger wrote."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
-from fvar_lightning.weights.files import replacing
+from fvar_lightning.atomic import replacing
 
 
 def log_picture(logger: Logger, name: str, image: Image.Image, step: int) -> None:
@@ -42,3 +43,15 @@ def log_pictures(trainer: Trainer, pictures: dict[str, Image.Image]) -> None:
         for logger in trainer.loggers:
             for name, image in pictures.items():
                 log_picture(logger, f"{prefix}/{name}", image, trainer.global_step)
+
+
+def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All figures that CSV loggers wrote below a folder: name -> (step, value), a resumed run's parts joined."""
+    curves: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.rglob("metrics.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and "/" in name:
+                        curves.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: sorted(points.items()) for name, points in curves.items()}

@@ -10,8 +10,7 @@ from PIL import Image
 from fvar_lightning.callbacks.base import StudentEvaluation
 from fvar_lightning.callbacks.loggers import log_pictures
 from fvar_lightning.data.batches import ImageBatch
-from fvar_lightning.metrics.pictures import tile
-from fvar_lightning.metrics.plots import bar_chart
+from fvar_lightning.metrics.pictures import bar_chart, tile
 from fvar_lightning.optics.refocus import Views
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask

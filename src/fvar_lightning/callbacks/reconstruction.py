@@ -15,8 +15,9 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from fvar_lightning.callbacks.alias import spectra_picture
 from fvar_lightning.callbacks.base import is_last_batch
 from fvar_lightning.callbacks.loggers import log_pictures
+from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.metrics.alias import decibel
-from fvar_lightning.metrics.extractors import EfficientNetLite0, FeatureExtractor, to_uint8
+from fvar_lightning.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from fvar_lightning.metrics.generation import frechet_distance
 from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
 from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fvar_lightning.metrics.extractors import to_uint8
-from fvar_lightning.weights.files import replacing
+from fvar_lightning.atomic import replacing, write_json
+from fvar_lightning.data.pixels import to_uint8
 
 PNG_END = b"IEND\xaeB`\x82"
 ORDER_SEED = 0
@@ -85,8 +85,7 @@ class SampleFolder:
                 "give another folder, or remove it"
             )
         else:
-            with replacing(note) as beside:
-                beside.write_text(json.dumps({"settings": wanted, **about}, indent=2) + "\n")
+            write_json(note, {"settings": wanted, **about})
         for left_over in (*self.root.glob("*.partial"), *self.root.glob("*/*.partial")):
             left_over.unlink(missing_ok=True)
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torchvision
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
@@ -17,6 +16,7 @@ from fvar_lightning.data.datasets import FolderDataset, ImageDataset, scan_folde
 from fvar_lightning.data.images import ImageTransform
 from fvar_lightning.data.loaders import Passes, SharedLoaders
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
+from fvar_lightning.data.pixels import to_unit_range
 from fvar_lightning.data.tokens import TokenDataset
 from fvar_lightning.data.torchvision_sets import TorchvisionDataset, load_torchvision
 from fvar_lightning.optics.refocus import Refocus
@@ -188,11 +188,6 @@ class ImageDataModule(SharedLoaders):
         for part, dataset in (("training", self._data.train), ("validation", self._data.val)):
             if isinstance(dataset, ImageDataset) and dataset.num_unreadable:
                 warnings.warn(f"unreadable {part} images, replaced by others: {dataset.report()}", stacklevel=2)
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [-1, 1]."""
-    return pixels.float().div_(127.5).sub_(1)
 
 
 class TokenDataModule(SharedLoaders):

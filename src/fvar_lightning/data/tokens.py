@@ -13,19 +13,17 @@ Legend: N rows of a shard, L tokens in all scales together, S scales.
 import bisect
 import itertools
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fvar_lightning.atomic import replacing, write_json
 from fvar_lightning.data.batches import TokenBatch
 from fvar_lightning.data.sampler import Draw
 
@@ -69,19 +67,6 @@ def _shard_file(folder: Path, part: str, shard: int) -> Path:
     return folder / f"{part}-{shard:06d}.npy"
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write beside, then rename: whoever finds the file finds all of it."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(beside, 0o644)  # mkstemp gives no one else access
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-
-
 def write_tokens(folder: str | Path, shard_index: int, structure: Tensor, alias: Tensor | None, labels: Tensor) -> None:
     """Write (or replace) one shard. Every rank may write its own; `write_index` completes the cache.
 
@@ -109,9 +94,9 @@ def write_tokens(folder: str | Path, shard_index: int, structure: Tensor, alias:
             raise ValueError(f"{part} must lie in 0..{_LIMIT - 1}, got {int(values.min())}..{int(values.max())}")
         arrays[part] = values.cpu().numpy().astype(np.uint16)
     arrays["labels"] = labels.cpu().numpy().astype(np.int64)
-    folder.mkdir(parents=True, exist_ok=True)
     for part, array in arrays.items():
-        _write(_shard_file(folder, part, shard_index), lambda file, array=array: np.save(file, array))  # type: ignore[misc]
+        with replacing(_shard_file(folder, part, shard_index)) as beside, beside.open("wb") as file:
+            np.save(file, array)
 
 
 def write_index(folder: str | Path, meta: TokenMeta) -> None:
@@ -128,8 +113,7 @@ def write_index(folder: str | Path, meta: TokenMeta) -> None:
     for path in found:
         shard = int(path.stem.split("-")[1])
         shards.append({"shard": shard, "rows": len(_open_shard(folder, shard, meta)["labels"])})
-    text = json.dumps({"format": 1, **asdict(meta), "shards": shards}, indent=1)
-    _write(folder / "index.json", lambda file: file.write(text.encode()))
+    write_json(folder / "index.json", {"format": 1, **asdict(meta), "shards": shards})
 
 
 def remove_tokens(folder: str | Path) -> None:

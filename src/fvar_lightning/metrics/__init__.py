@@ -1,5 +1,6 @@
 """What is measured of generated and reconstructed images: extractors, generation figures, alias and detail metrics."""
 
+from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.metrics.alias import AliasEnergyRatio, ShiftEquivariance
 from fvar_lightning.metrics.charts import (
     edge_mtf,
@@ -15,7 +16,6 @@ from fvar_lightning.metrics.extractors import (
     FeatureExtractor,
     Inception,
     ModuleExtractor,
-    to_uint8,
 )
 from fvar_lightning.metrics.generation import (
     Figures,

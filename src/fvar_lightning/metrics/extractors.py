@@ -1,6 +1,6 @@
 """Frozen networks that turn images into features, one pass per image, and give the figures their names.
 
-All take uint8 images (B, 3, H, W) and give `Features`. `to_uint8` makes such images from ours.
+All take uint8 images (B, 3, H, W) and give `Features`. `to_uint8` (data/pixels.py) makes such images from ours.
 """
 
 import hashlib
@@ -27,11 +27,6 @@ class Features(NamedTuple):
     """(B, D) float32."""
     logits: Tensor | None
     """(B, C) float32 class logits, for the Inception Score; ``None`` if the network has none."""
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8, rounded as a PNG stores them (truncation would darken by half a level)."""
-    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 class FeatureExtractor(nn.Module):

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchmetrics.text import CharErrorRate
 
-from fvar_lightning.metrics.extractors import to_uint8
+from fvar_lightning.data.pixels import to_uint8
 
 Reader = Callable[[np.ndarray], str]
 """Reads one word from a uint8 image (H, W, 3)."""

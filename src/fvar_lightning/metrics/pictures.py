@@ -1,25 +1,28 @@
-"""Pictures of what the parts do: tiles of images, focus pyramids, loss curves. Needs nothing but Pillow to tile."""
+"""Pictures of what the parts do: tiles of images, focus pyramids, charts of figures."""
 
-import csv
-from collections.abc import Sequence
-from pathlib import Path
+import io
+import math
+from collections.abc import Mapping, Sequence
 
-import torch
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.optics.refocus import Views
 
 INK, PAPER = (32, 32, 36), (255, 255, 255)
+Curve = Sequence[tuple[float, float]]
+"""Points (x, y)."""
 
 
 def to_image(image: Tensor, side: int) -> Image.Image:
     """(3, h, w) in [-1, 1] as a picture of `side` pixels, enlarged without smoothing."""
-    pixels = image.detach().float().cpu().clamp(-1, 1)[None]
-    pixels = F.interpolate(pixels, size=(side, side), mode="nearest-exact")[0]
-    pixels = pixels.add(1).mul(127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pixels = F.interpolate(image.detach()[None].float().cpu(), size=(side, side), mode="nearest-exact")[0]
+    return Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy())
 
 
 def tile(
@@ -55,31 +58,56 @@ def pyramid(views: Views, radii: Sequence[float], index: int = 0, gain: float = 
     return tile(rows, ["downsampled D", "focused L", f"alias A x {gain:g}"], heads, side)
 
 
-def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All figures that CSV loggers wrote below a folder: name -> (step, value), a resumed run's parts joined."""
-    curves: dict[str, dict[int, float]] = {}
-    for path in sorted(folder.rglob("metrics.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and "/" in name:
-                        curves.setdefault(name, {})[int(row["step"])] = float(value)
-    return {name: sorted(points.items()) for name, points in curves.items()}
+def bar_chart(values: Mapping[str, float], title: str) -> Image.Image:
+    """One bar for each name, of values in [0, 1]; none for NaN, which there is of what was not seen.
+
+    Raises:
+        ValueError: without values.
+    """
+    if not values:
+        raise ValueError("values must not be empty")
+    figure = Figure(figsize=(5.6, 3), layout="constrained")
+    axis = _axis(figure, title)
+    shown = np.array(list(values.values()))
+    bars = axis.bar(list(values), np.nan_to_num(shown))
+    axis.bar_label(bars, ["" if math.isnan(value) else f"{value:.2f}" for value in shown], fontsize=8)
+    axis.set_ylim(0, 1)
+    return _picture(figure)
 
 
-def plot_losses(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
-    """A panel for every run, a curve for every name in it; needs matplotlib (demo extra)."""
-    from matplotlib.figure import Figure
+def line_chart(panels: Mapping[str, Mapping[str, Curve]], xlabel: str) -> Image.Image:
+    """A panel for every title, a curve for every name in it.
 
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+    Args:
+        panels: points (x, y) by name of the curve, by title.
+        xlabel: what x is.
+
+    Raises:
+        ValueError: without panels.
+    """
+    if not panels:
+        raise ValueError("panels must not be empty")
+    figure = Figure(figsize=(max(4.2 * len(panels), 5.6), 3.2), layout="constrained")
+    for i, (title, curves) in enumerate(panels.items()):
+        axis = _axis(figure, title, (1, len(panels), i + 1))
         for name, points in curves.items():
-            steps, values = zip(*points, strict=True)
-            axis.plot(steps, values, label=name, linewidth=1.2)
-        axis.set(title=title, xlabel="step")
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+        axis.set_xlabel(xlabel)
         if curves:
             axis.legend(fontsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    return _picture(figure)
+
+
+def _axis(figure: Figure, title: str, place: tuple[int, int, int] = (1, 1, 1)) -> Axes:
+    axis = figure.add_subplot(*place)
+    axis.set_title(title, fontsize=10)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return axis
+
+
+def _picture(figure: Figure) -> Image.Image:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return Image.open(file).convert("RGB")

@@ -3,7 +3,6 @@
 Legend: N images, D features, C classes.
 """
 
-import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from fvar_lightning.atomic import replacing
 
 
 @dataclass(eq=False)  # not frozen: torchmetrics refuses to pass on such results
@@ -37,7 +38,6 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Writes an .npz, atomically."""
-        path = Path(path)
         arrays = {"extractor": np.array(self.extractor), "mu": _array(self.mean), "sigma": _array(self.covariance)}
         for name in ("count", "image_size"):
             if (value := getattr(self, name)) is not None:
@@ -45,14 +45,8 @@ class Statistics:
         for name in ("features", "logits"):
             if (tensor := getattr(self, name)) is not None:
                 arrays[name] = _array(tensor)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with beside.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs take keywords for allow_pickle
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs take keywords for allow_pickle
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> "Statistics":

@@ -1,7 +1,7 @@
 """Networks out of files of any kind: training checkpoints of this library, official VAR's files, pretrained folders."""
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -10,15 +10,11 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.averages import Weights, state_of
 from fvar_lightning.weights.describe import check_weights, describe, differences, rebuild
 from fvar_lightning.weights.files import read_checkpoint
 from fvar_lightning.weights.official import is_official, load_vae, read_var
 from fvar_lightning.weights.pretrained import SAMPLING, ModelInfo, Pretrained, is_pretrained, part_of, read_pretrained
-
-Weights = Literal["ema", "raw"]
-
-RAW = "current_model_state"
-"""Where Lightning's weight averaging keeps the weights themselves; the averages take their place."""
 
 
 def load_tokenizer(
@@ -124,9 +120,7 @@ def load_fvar_checkpoint(path: str | Path, weights: Weights = "ema") -> Pretrain
         held = f"it holds {sorted(map(str, checkpoint))[:8]}"
         found = "but of a TokenizerTask" if "tokenizer" in checkpoint else held
         raise ValueError(f"checkpoint {str(path)!r} is not of a FVARTask, {found}")
-    state = checkpoint["state_dict"]
-    if weights == "raw":
-        state = checkpoint.get(RAW, state)
+    state = state_of(checkpoint, weights)
     var = rebuild(networks["student"], part_of(state, "student"), f"the student in {str(path)!r}")
     vae = rebuild(networks["vae"], part_of(state, "vae"), f"the structure tokenizer in {str(path)!r}")
     if not isinstance(var, VAR) or not isinstance(vae, VQVAE):
@@ -135,8 +129,3 @@ def load_fvar_checkpoint(path: str | Path, weights: Weights = "ema") -> Pretrain
     names = arguments.get("class_names") or [str(label) for label in range(var.num_classes)]
     sampling = {name: arguments[name] for name in SAMPLING if name in arguments}
     return Pretrained(var, vae.requires_grad_(False), ModelInfo(list(names), sampling))
-
-
-def has_averages(path: str | Path) -> bool:
-    """Whether training kept averaged weights in a checkpoint."""
-    return RAW in read_checkpoint(path)

@@ -9,8 +9,10 @@ from jsonargparse import ArgumentParser
 
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.checkpoints import Weights, has_averages, load_fvar_checkpoint
+from fvar_lightning.weights.averages import Weights, has_averages
+from fvar_lightning.weights.checkpoints import load_fvar_checkpoint
 from fvar_lightning.weights.describe import describe, differences
+from fvar_lightning.weights.files import read_checkpoint
 from fvar_lightning.weights.official import export_var_checkpoint
 from fvar_lightning.weights.pretrained import CONFIG, WEIGHTS, save_pretrained, save_safetensors
 
@@ -60,7 +62,7 @@ def export(
         save_safetensors(output, var, vae, **info._asdict())
     else:
         export_var_checkpoint(vae, var, *files)
-    which = "averaged" if weights == "ema" and has_averages(ckpt_path) else "last step's"
+    which = "averaged" if weights == "ema" and has_averages(read_checkpoint(ckpt_path)) else "last step's"
     print(f"wrote {' and '.join(map(str, files))} ({which} weights)")
 
 

@@ -1,9 +1,6 @@
-"""Reading and writing files of weights: tensors and plain values only, and whole or not at all."""
+"""Reading files of weights: tensors and plain values only."""
 
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +29,3 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(contents).__name__}, not a dictionary of weights")
     return contents
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, beside `path`, which replaces `path` once the block has ended without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

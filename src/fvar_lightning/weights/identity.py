@@ -1,7 +1,6 @@
-"""What makes a figure traceable: the hash of the checkpoint, the versions, and a JSON file that holds them."""
+"""What makes a figure traceable: hashes of checkpoints and weights, and versions."""
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -11,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-from fvar_lightning.weights.files import replacing
 
 PACKAGES = ("fvar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "torch-fidelity", "numpy", "pillow")
 
@@ -49,9 +46,3 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write, atomically; folders are made."""
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=2) + "\n")

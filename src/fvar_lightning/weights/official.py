@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvar_lightning.atomic import replacing
 from fvar_lightning.generation.sampling import check_models
 from fvar_lightning.schedule import VAR_PATCH_NUMS, FocusSchedule
 from fvar_lightning.tokenizer.autoencoder import VAR_CH_MULT
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.describe import autoencoder_sizes, numbered, rebuild, transformer_sizes
-from fvar_lightning.weights.files import read_checkpoint, replacing
+from fvar_lightning.weights.files import read_checkpoint
 
 KNOWN_PATCH_NUMS = (
     VAR_PATCH_NUMS,

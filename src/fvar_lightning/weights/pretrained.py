@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fvar_lightning.atomic import replacing, write_json
 from fvar_lightning.generation.sampling import check_models
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.describe import describe, rebuild
-from fvar_lightning.weights.files import replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SAMPLING = ("guidance", "top_k", "top_p", "more_smooth")
@@ -61,8 +61,7 @@ def save_pretrained(
     """
     config = _config(var, vae, class_names, sampling)
     _write(Path(folder) / WEIGHTS, var, vae, config)
-    with replacing(Path(folder) / CONFIG) as beside:
-        beside.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(Path(folder) / CONFIG, config)
 
 
 def save_safetensors(
@@ -145,10 +144,20 @@ def _config(
     names = [str(label) for label in range(var.num_classes)] if class_names is None else list(class_names)
     if len(names) != var.num_classes:
         raise ValueError(f"class_names must name {var.num_classes} classes, got {len(names)}")
+    options = check_sampling(sampling)
+    return {"vae": describe(vae), "var": describe(var), "sampling": options, "class_names": names}
+
+
+def check_sampling(sampling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of options of `generate`.
+
+    Raises:
+        ValueError: naming those that are none of `SAMPLING`.
+    """
     unknown = sorted(set(sampling or ()) - set(SAMPLING))
     if unknown:
         raise ValueError(f"sampling may hold {', '.join(SAMPLING)}, got {', '.join(unknown)}")
-    return {"vae": describe(vae), "var": describe(var), "sampling": dict(sampling or {}), "class_names": names}
+    return dict(sampling or {})
 
 
 def _write(path: Path, var: VAR, vae: VQVAE, config: Mapping[str, Any]) -> None:

@@ -1,0 +1,23 @@
+"""Averaged and raw weights: where a checkpoint of Lightning's `EMAWeightAveraging` keeps which."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+Weights = Literal["ema", "raw"]
+"""Averaged weights where training kept them, or those of the last step."""
+
+_RAW = "current_model_state"
+"""The averages take the place of the weights, which move here."""
+
+
+def has_averages(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether training kept averaged weights."""
+    return _RAW in checkpoint
+
+
+def state_of(checkpoint: Mapping[str, Any], weights: Weights) -> dict[str, Tensor]:
+    """The state dictionary of the task with these weights; without averages both are the same."""
+    state = checkpoint.get("state_dict", {})
+    return checkpoint.get(_RAW, state) if weights == "raw" else state
