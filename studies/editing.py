@@ -60,12 +60,12 @@ def blobs(size: int, seed: int) -> Tensor:
 MASKS = {"square": square, "blobs": blobs, "half": half}
 
 
-def ways(var: VAR, vae: VQVAE, psf: str) -> dict[str, Edit]:
+def ways(var: VAR, vae: VQVAE) -> dict[str, Edit]:
     """What is compared: both methods with feathers of 0, a token and the whole hole; and two that keep no token."""
 
     def by(method: Method, feather: int) -> Edit:
         def way(images: Tensor, hole: Tensor, seeds: list[int]) -> Tensor:
-            return edit(var, vae, images, hole, method=method, feather=feather, psf=psf, seeds=seeds)
+            return edit(var, vae, images, hole, method=method, feather=feather, seeds=seeds)
 
         return way
 
@@ -149,20 +149,16 @@ def main(args: Sequence[str] | None = None) -> str:
     parser.add_argument("--checkpoint", required=True, help="of a FVARTask; its structure tokenizer is in it")
     parser.add_argument("--images", required=True, help="folder of images, with val in it or not")
     parser.add_argument("--output", default="editing", type=Path)
-    parser.add_argument("--psf", default="disk", help="that the tokenizer was trained with")
     parser.add_argument("--limit", type=int, help="so many images at most")
     parser.add_argument("--batch-size", type=int, default=16)
     options = parser.parse_args(args)
 
     var, vae, _ = load_fvar_checkpoint(options.checkpoint)
-    data = ImageDataModule(
-        options.images, image_size=vae.schedule.image_size, schedule=vae.schedule, psf=options.psf, num_workers=0
-    )
+    data = ImageDataModule(options.images, image_size=vae.schedule.image_size, schedule=vae.schedule, num_workers=0)
     images = validation_images(data, options.limit)
     settings = {
         "checkpoint": [options.checkpoint, Path(options.checkpoint).stat().st_mtime],
         "images": [options.images, len(images)],
-        "psf": options.psf,
     }
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "results.json"
@@ -175,7 +171,7 @@ def main(args: Sequence[str] | None = None) -> str:
     for part in tqdm(images.split(options.batch_size), desc="originals", leave=False):
         statistics.update(*extractor(part))
     real = statistics.compute()
-    made = ways(var, vae, options.psf)
+    made = ways(var, vae)
     for mask in MASKS:
         for name, way in made.items():
             if f"{mask}: {name}" not in results["rows"]:

@@ -65,7 +65,7 @@ def images_of(name: str, folder: str, seed: int) -> list[str]:
 def tokenizer_of(name: str, variant: str, seed: int) -> list[str]:
     """Arguments that choose the tokenizer."""
     if variant == "alias":
-        return [f"--model.seed={seed}"]
+        return []
     target = variant if variant in TARGETS else "view"
     return [f"--model.seed={seed}", f"--model.targets={target}", *NETWORKS[name], *OF_VIEW.get(variant, [])]
 

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning import LightningDataModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 
@@ -44,18 +45,19 @@ def sgd(params: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1)
 
 
-def make_task(name: str, tokenizers: list[str]) -> TokenizerTask | FVARTask:
+def make_task(name: str, tokenizers: list[str]) -> LightningModule:
     torch.manual_seed(0)
     if name == "fvar":
         return FVARTask(
             *tokenizers, num_classes=2, depth=3, width=32, heads=2, drop_path_rate=0.0, label_dropout=0.0, optimizer=sgd
         )
-    # more codes than a step uses, so that idle ones are revived; the alias tokenizer's vectors could not set so many
-    vocab_size = 64 if name == "structure" else 8
+    shared = {"z_channels": 4, "ch": 8, "num_res_blocks": 1, "warmup_steps": 1, "revive_after": 1, "optimizer": sgd}
+    if name == "alias":
+        return AliasTokenizerTask(SCHEDULE, vocab_size=8, l1_weight=0.2, **shared)
+    # more codes than a step uses, so that idle ones are revived
     return TokenizerTask(
-        SCHEDULE, kind=name, vocab_size=vocab_size, z_channels=4, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1,
-        norm_groups=1, warmup_steps=1, revive_after=1, noise=(0.0, 0.0), scale_dropout=0.0, optimizer=sgd,
-    )  # fmt: skip
+        SCHEDULE, vocab_size=64, ch_mult=(1, 1, 2), norm_groups=1, noise=(0.0, 0.0), scale_dropout=0.0, **shared
+    )
 
 
 def run(name: str, strategy: str, precision: str, output: Path, tokenizers: list[str]) -> None:

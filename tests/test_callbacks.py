@@ -46,6 +46,7 @@ from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.metrics.pictures import bar_chart, line_chart
 from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.weights.identity import file_sha256, weights_sha256
@@ -64,9 +65,9 @@ def metrics(root: Path, **options: Any) -> GenerationMetrics:
     return GenerationMetrics(**(defaults | options))
 
 
-def make_tokenizer_task(kind: str = "structure") -> TokenizerTask:
+def make_tokenizer_task() -> TokenizerTask:
     torch.manual_seed(0)
-    return TokenizerTask(FocusSchedule(**LAYOUT), kind=kind, vocab_size=8, z_channels=4, ch=8, ch_mult=(1, 1, 2),
+    return TokenizerTask(FocusSchedule(**LAYOUT), vocab_size=8, z_channels=4, ch=8, ch_mult=(1, 1, 2),
                          num_res_blocks=1)  # fmt: skip
 
 
@@ -340,7 +341,7 @@ def test_callbacks_refuse_the_other_task(tokenizers: list[str]) -> None:
         (GenerationMetrics(), make_tokenizer_task()),
         (TokenizerPictures(), make_task(tokenizers)),
         (ReconstructionMetrics(), make_task(tokenizers)),
-        (ReconstructionMetrics(), make_tokenizer_task("alias")),
+        (ReconstructionMetrics(), AliasTokenizerTask(FocusSchedule(**LAYOUT))),
     ):
         with pytest.raises(ValueError, match=r"needs a (FVARTask|TokenizerTask)"):
             callback.setup(trainer, task, "fit")
@@ -385,7 +386,7 @@ class Fading(TokenizerTask):
     factor = 1.0
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, list[Tensor]]:
-        return {"reconstructions": [self.factor * batch.images]}
+        return {"decoded": [self.factor * batch.images]}
 
     def reconstruct(self, batch: Any) -> list[Tensor]:
         """Every focus state k too bright by 0.1 k."""
@@ -453,8 +454,6 @@ def test_tokenizer_pictures_and_reconstruct(image_folder: Path, tmp_path: Path) 
     assert len(found) == len(batch.blurred)
     for image, scale in zip(found, task.schedule.last_scales, strict=True):
         torch.testing.assert_close(image, decoded[scale])
-    with pytest.raises(ValueError, match="reconstruct needs a structure tokenizer"):
-        make_tokenizer_task("alias").reconstruct(batch)
 
 
 # loggers and plots
@@ -511,7 +510,8 @@ def test_curves_run_between_their_extremes() -> None:
     for half in (blue[:, :middle], blue[:, middle:]):
         rows, columns = np.nonzero(half[len(half) // 2 : int(0.8 * len(half))])  # below the legend
         assert np.polyfit(columns, rows, 1)[0] < -0.3, "the curve rises from the lower left"
-    assert (chart == (255, 127, 14)).all(-1)[:, :middle].sum() == 0
-    assert (chart == (255, 127, 14)).all(-1)[:, middle:].sum() > 100
+    orange = (np.abs(chart.astype(int) - (255, 127, 14)) < 40).all(-1)
+    assert not orange[:, :middle].any()
+    assert orange[:, middle:].any(0).sum() > 0.4 * middle, "a level curve across the right panel"
     with pytest.raises(ValueError, match="panels must not be empty"):
         line_chart({}, "step")

@@ -285,7 +285,6 @@ def test_half_precision_images_stay_as_they_are() -> None:
         ("guidance must be .* got -2", {"guidance": -2}),
         (r"top_p must lie in .* got 1\.5", {"top_p": 1.5}),
         (r"seeds must hold one per image \(3\)", {"seeds": [1]}),
-        ("psf", {"psf": "square"}),
     ],
 )
 def test_refusals(message: str, options: dict[str, object]) -> None:
@@ -334,13 +333,13 @@ def test_study_runs_and_goes_on(
     colours = ModuleExtractor(Colours(), "colours", 3)  # the real one takes long, and is tested elsewhere
     monkeypatch.setattr(editing, "EfficientNetLite0", lambda: colours)
     table = editing.main(args)
-    assert table.count("\n") == 1 + 2 * len(editing.ways(var, vae, "disk"))
+    assert table.count("\n") == 1 + 2 * len(editing.ways(var, vae))
     assert {path.name for path in output.iterdir()} == {"results.json", "half.png", "blobs.png"}
 
     monkeypatch.setattr(editing, "measure", None)  # a second run has nothing to do
     assert editing.main(args) == table
     with pytest.raises(SystemExit):
-        editing.main([*args, "--psf=gaussian"])
+        editing.main([*args[:-1], "--limit=1"])
     assert "holds results of" in capsys.readouterr().err
 
 

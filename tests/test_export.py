@@ -100,7 +100,7 @@ CONFIGS = {
     "wider.yaml": "{model: {class_path: FVARTask, init_args: {depth: 3, width: 64}}}",
     "fragment.yaml": "model: model.yaml",
     "model.yaml": "{class_path: fvar_lightning.tasks.fvar.FVARTask, init_args: {depth: 4}}",
-    "tokenizer.yaml": "{model: {class_path: TokenizerTask, init_args: {ch: 8}}}",
+    "structure.yaml": "{model: {class_path: TokenizerTask, init_args: {ch: 8}}}",
     "broken.yaml": "{",
     "list.yaml": "[1]",
     "trainer.yaml": "trainer: {max_steps: 3}",

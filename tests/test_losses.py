@@ -147,7 +147,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def fit(image_folder: Path, root: Path, args: list[str]) -> FVARCommandLine:
-    cli = main(["fit", f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}",
+    cli = main(["fit", f"--config={CONF / 'structure.yaml'}", f"--data.source={image_folder}",
                 "--trainer.logger=false", f"--trainer.default_root_dir={root}", *args])  # fmt: skip
     assert cli is not None
     return cli
@@ -214,17 +214,12 @@ def test_lpips_takes_blurred_black_images(tmp_path: Path, monkeypatch: pytest.Mo
     ("args", "message"),
     [
         (["--model.perceptual=vgg"], "vgg"),
-        (
-            ["--model.kind=alias", "--model.perceptual=efficientnet_lite1"],
-            "perceptual, texture_weight and adversarial_weight",
-        ),
-        (["--model.kind=alias", "--model.texture_weight=1"], "perceptual, texture_weight and adversarial_weight"),
         (["--model.adversarial_start=2"], "adversarial_start must lie in"),
     ],
 )
 def test_refused(args: list[str], message: str, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["fit", f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", *args])
+        main(["fit", f"--config={CONF / 'structure.yaml'}", f"--data.source={image_folder}", *args])
     assert message in capsys.readouterr().err
 
 

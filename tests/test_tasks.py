@@ -13,6 +13,7 @@ from fvar_lightning.cli import main
 from fvar_lightning.data.batches import ImageBatch, TokenBatch
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tasks.training import batch_generator, parameter_groups, warmup_linear
@@ -29,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> dic
     """Both tokenizers, trained for a few steps through the command line."""
     root = tmp_path_factory.mktemp("stage1")
     for kind in ("structure", "alias"):
-        fit("tokenizer.yaml", image_folder, root / kind, [f"--model.kind={kind}"])
+        fit(f"{kind}.yaml", image_folder, root / kind, [])
     return {kind: root / kind / "last.ckpt" for kind in ("structure", "alias")}
 
 
@@ -62,7 +63,7 @@ def stage2(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, trained
 def test_fit_writes_tokenizers_that_load(trained: dict[str, Path]) -> None:
     assert isinstance(load_tokenizer(trained["structure"]), VQVAE)
     assert isinstance(load_tokenizer(trained["alias"]), AliasTokenizer)
-    assert isinstance(TokenizerTask.load_from_checkpoint(trained["alias"]).tokenizer, AliasTokenizer)
+    assert isinstance(AliasTokenizerTask.load_from_checkpoint(trained["alias"]).tokenizer, AliasTokenizer)
 
 
 def test_fit_of_stage_two_knows_the_classes(stage2: Path) -> None:
@@ -105,7 +106,7 @@ def test_stage_two_trains_from_a_token_cache(tmp_path: Path, image_folder: Path,
 def test_scale_dropout_teaches_partial_tokens_to_decode_to_their_focus_state(
     tmp_path: Path, image_folder: Path
 ) -> None:
-    args = [f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", "--seed_everything=0",
+    args = [f"--config={CONF / 'structure.yaml'}", f"--data.source={image_folder}", "--seed_everything=0",
             "--data.schedule.max_radius=4", "--data.batch_size=8", "--model.warmup_steps=40", "--trainer.max_steps=120",
             "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=3e-3", "--trainer.limit_val_batches=0",
             "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
@@ -123,17 +124,20 @@ def test_scale_dropout_teaches_partial_tokens_to_decode_to_their_focus_state(
 
 
 @pytest.mark.parametrize(
-    "args",
-    [[], ["--model.kind=alias"], ["--model.adversarial_weight=0.5", "--model.adversarial_start=0.4",
-                                  "--model.discriminator_ch=8", "--model.vocab_size=48"]],
+    ("config", "args"),
+    [("structure.yaml", []), ("alias.yaml", []),
+     ("structure.yaml", ["--model.adversarial_weight=0.5", "--model.adversarial_start=0.4",
+                         "--model.discriminator_ch=8", "--model.vocab_size=48"])],
     ids=["structure", "alias", "adversarial and revival"],
 )  # fmt: skip
-def test_a_resumed_run_reaches_the_same_weights(args: list[str], tmp_path: Path, image_folder: Path) -> None:
+def test_a_resumed_run_reaches_the_same_weights(
+    config: str, args: list[str], tmp_path: Path, image_folder: Path
+) -> None:
     checkpoint = [*args, "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
                   f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.callbacks.every_n_train_steps=3",
                   "--trainer.callbacks.filename=half"]  # fmt: skip
-    fit("tokenizer.yaml", image_folder, tmp_path / "whole", checkpoint)
-    fit("tokenizer.yaml", image_folder, tmp_path / "half", [f"--ckpt_path={tmp_path / 'half.ckpt'}"])
+    fit(config, image_folder, tmp_path / "whole", checkpoint)
+    fit(config, image_folder, tmp_path / "half", [f"--ckpt_path={tmp_path / 'half.ckpt'}"])
     whole, half = (read_checkpoint(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "half"))
     assert whole.keys() == half.keys()
     for name, value in whole.items():
@@ -144,8 +148,8 @@ def test_validate_logs_the_figures_of_a_tokenizer(tmp_path: Path, image_folder: 
     metrics = ["--trainer.callbacks=ReconstructionMetrics", "--trainer.callbacks.lpips=null"]
     found = {}
     for kind, more in (("structure", metrics), ("alias", [])):
-        cli = main(["validate", f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", *more,
-                    f"--model.kind={kind}", f"--ckpt_path={trained[kind]}", "--trainer.logger=false",
+        cli = main(["validate", f"--config={CONF / f'{kind}.yaml'}", f"--data.source={image_folder}", *more,
+                    f"--ckpt_path={trained[kind]}", "--trainer.logger=false",
                     f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
         assert cli is not None
         found[kind] = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
@@ -186,13 +190,13 @@ def test_noise_is_added_to_the_input_in_training_only() -> None:
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(ValueError, match="trainer needs max_steps or max_epochs"):
-        fit("tokenizer.yaml", image_folder, tmp_path, ["--trainer.max_steps=-1", "--trainer.max_epochs=-1",
+        fit("structure.yaml", image_folder, tmp_path, ["--trainer.max_steps=-1", "--trainer.max_epochs=-1",
             "--trainer.max_time=00:00:01:00"])  # fmt: skip
 
 
 def test_a_run_that_ends_before_its_codes_are_set_is_warned_of(tmp_path: Path, image_folder: Path) -> None:
     with pytest.warns(UserWarning, match="warmup_steps 5 leaves no step of the run's 5 to set the codes in"):
-        fit("tokenizer.yaml", image_folder, tmp_path, ["--model.warmup_steps=5"])
+        fit("structure.yaml", image_folder, tmp_path, ["--model.warmup_steps=5"])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +213,7 @@ def test_bad_arguments_are_named(
     args: list[str], message: str, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["fit", f"--config={CONF / 'tokenizer.yaml'}", f"--data.source={image_folder}", *args])
+        main(["fit", f"--config={CONF / 'structure.yaml'}", f"--data.source={image_folder}", *args])
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -366,5 +370,5 @@ def test_a_batch_too_small_for_the_codebook_is_refused_before_the_first_step(
     tmp_path: Path, image_folder: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"vocab_size 4096 is more than the .* vectors of one batch can initialise"):
-        fit("tokenizer.yaml", image_folder, tmp_path, ["--model.vocab_size=4096", "--model.warmup_steps=1000"])
+        fit("structure.yaml", image_folder, tmp_path, ["--model.vocab_size=4096", "--model.warmup_steps=1000"])
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -235,7 +235,7 @@ def test_alias_tokenizer_learns_residuals_of_few_patterns(generator: torch.Gener
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
     for _ in range(150):
         passed = tokenizer([residual(1), residual(2), residual(4)])
-        errors = [(x - y).square().mean() for x, y in zip(passed.reconstructions, passed.targets, strict=True)]
+        errors = [(x - y).square().mean() for x, y in zip(passed.decoded, passed.targets, strict=True)]
         optimizer.zero_grad()
         (sum(errors) + passed.loss).backward()
         optimizer.step()
@@ -257,9 +257,7 @@ def test_alias_tokenizer_round_trip(generator: torch.Generator) -> None:
     assert [i.shape for i in indices] == [(4, 1), (4, 4), (4, 16)]
     decoded = tokenizer.decode(indices)
     assert [d.shape for d in decoded] == [a.shape for a in residuals]
-    for s, (target, reconstruction) in enumerate(
-        zip(passed.targets, tokenizer(residuals[:2]).reconstructions, strict=True)
-    ):
+    for s, (target, reconstruction) in enumerate(zip(passed.targets, tokenizer(residuals[:2]).decoded, strict=True)):
         torch.testing.assert_close(reconstruction * tokenizer.std(s), decoded[s])
         torch.testing.assert_close(target * tokenizer.std(s), residuals[s])
 

@@ -21,6 +21,7 @@ from fvar_lightning.callbacks import (
 from fvar_lightning.callbacks.writers import SampleWriter, TokenWriter
 from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
 from fvar_lightning.metrics.extractors import EfficientNetLite0, Inception
+from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.memory import keep_memory
 from fvar_lightning.tasks.tokenizer import TokenizerTask
@@ -31,6 +32,7 @@ COMPONENTS = (
     ImageDataModule,
     TokenDataModule,
     TokenizerTask,
+    AliasTokenizerTask,
     FVARTask,
     SampleWriter,
     TokenWriter,
@@ -55,6 +57,7 @@ class FVARCommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for leaf in ("patch_nums", "patch_size", "focus_states", "max_radius", "schedule"):
             parser.link_arguments(f"data.init_args.schedule.{leaf}", f"model.init_args.schedule.{leaf}")
+        parser.link_arguments("data.init_args.psf", "model.init_args.psf")
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 

@@ -13,8 +13,8 @@ from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.pictures import bar_chart, tile
 from fvar_lightning.optics.refocus import Views
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.stage1 import Stage1Task
 from fvar_lightning.tasks.tokenizer import TokenizerTask
-from fvar_lightning.tokenizer.vqvae import VQVAE
 
 
 class SamplePictures(StudentEvaluation):
@@ -69,12 +69,13 @@ class TokenizerPictures(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse another task."""
-        if not isinstance(pl_module, TokenizerTask):
-            raise ValueError(f"TokenizerPictures needs a TokenizerTask, got {type(pl_module).__name__}")
+        if not isinstance(pl_module, Stage1Task):
+            raise ValueError(
+                f"TokenizerPictures needs a TokenizerTask or an AliasTokenizerTask, got {type(pl_module).__name__}"
+            )
 
     def _batch(self, trainer: Trainer, task: LightningModule, batch: ImageBatch, batch_idx: int) -> None:
-        assert isinstance(task, TokenizerTask)
-        if batch_idx == 0 and not trainer.sanity_checking and isinstance(task.tokenizer, VQVAE):
+        if batch_idx == 0 and not trainer.sanity_checking and isinstance(task, TokenizerTask):
             picture = reconstructions_picture(task, first_images(batch, self.num_images), self.side)
             log_pictures(trainer, {"reconstructions": picture})
 

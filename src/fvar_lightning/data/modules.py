@@ -98,7 +98,7 @@ class ImageDataModule(SharedLoaders):
             raise ValueError(f"crops_per_photograph must be positive, got {crops_per_photograph}")
         self.source = source
         self.root = root
-        self.schedule = schedule
+        self.schedule, self.psf = schedule, psf
         self.transform = ImageTransform(image_size, resize, random_crop, flip)
         self.val_fraction = val_fraction
         self.crops_per_photograph = crops_per_photograph

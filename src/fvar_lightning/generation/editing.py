@@ -4,8 +4,8 @@ What is kept is forced upon the sampling scale by scale, the student makes the r
 the result. Legend: B batch, S scales, pn_s side of token map s, Z latent channels, h = w = pn_S.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor
 
 from fvar_lightning.generation.sampling import Revise, check_models, generate
-from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.tokenizer.codebook import exact
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
@@ -36,7 +35,6 @@ def edit(
     *,
     method: Method = "requantise",
     feather: int | None = None,
-    psf: str | Callable[..., Tensor] = "disk",
     guidance: float | Sequence[float] = 1.5,
     top_k: int = 900,
     top_p: float = 0.96,
@@ -60,7 +58,6 @@ def edit(
         method: how the kept part is forced.
         feather: pixels of the hole along its border over which the new content is shifted to meet the kept pixels,
             see `composite`; ``None``: the side of the image, so that the whole hole is, the far ends less; 0: none.
-        psf: point-spread function the tokenizer was trained with, see `Refocus`; targets ``feature`` use none.
         guidance, top_k, top_p, seeds, generator, more_smooth: of `generate`.
 
     Raises:
@@ -79,7 +76,7 @@ def edit(
         labels = torch.full((len(images),), var.num_classes, dtype=torch.long, device=images.device)
     if len(labels) != len(images):
         raise ValueError(f"labels must hold one per image ({len(images)}), got {len(labels)}")
-    force = requantised(vae, images, hole, psf) if method == "requantise" else replaced(vae, images, hole, psf)
+    force = requantised(vae, images, hole) if method == "requantise" else replaced(vae, images, hole)
     generated = generate(
         var,
         vae,
@@ -96,16 +93,15 @@ def edit(
 
 
 @torch.no_grad()
-def requantised(vae: VQVAE, images: Tensor, hole: Tensor, psf: str | Callable[..., Tensor] = "disk") -> Revise:
+def requantised(vae: VQVAE, images: Tensor, hole: Tensor) -> Revise:
     """Our way: at the kept cells, the tokens of what f_hat still lacks of the features of the filled image.
 
     Args:
         vae: the structure tokenizer.
         images: (B, 3, H, W).
         hole: (B, 1, H, W) bool.
-        psf: of the tokenizer's views.
     """
-    features = vae.features(_vae_input(vae, fill_hole(images, hole), psf))
+    features = vae.features(_inputs(vae, fill_hole(images, hole)))
     features = [exact(z) for z in features]
     kept = [rearrange(F.interpolate(hole.float(), z.shape[-2:], mode="area"), "b 1 h w -> b (h w)") for z in features]
     quantizer = vae.quantizer
@@ -118,13 +114,13 @@ def requantised(vae: VQVAE, images: Tensor, hole: Tensor, psf: str | Callable[..
 
 
 @torch.no_grad()
-def replaced(vae: VQVAE, images: Tensor, hole: Tensor, psf: str | Callable[..., Tensor] = "disk") -> Revise:
+def replaced(vae: VQVAE, images: Tensor, hole: Tensor) -> Revise:
     """VAR's way (its zero-shot editing notebook): the image's own tokens, hole and all, at the kept cells.
 
     The notebook's mask lives on the last token map, and is resized bilinearly to the others; the first scale is forced
     whole if it is 1x1. Arguments as of `requantised`.
     """
-    tokens = vae.encode(_vae_input(vae, images, psf))
+    tokens = vae.encode(_inputs(vae, images))
     sides = vae.schedule.patch_nums
     last = (F.interpolate((~hole).float(), (sides[-1],) * 2, mode="area") >= MOSTLY).float()
     kept = [F.interpolate(last, (n, n), mode="bilinear", align_corners=False).flatten(1) > 0.5 for n in sides]
@@ -203,13 +199,9 @@ def outpaint_canvas(images: Tensor, padding: int | tuple[int, int, int, int]) ->
     return F.pad(images, sides), F.pad(mask, sides, value=True)
 
 
-def _vae_input(vae: VQVAE, images: Tensor, psf: str | Callable[..., Tensor]) -> Any:
-    """What the tokenizer's targets encode, in its dtype."""
-    images = images.to(vae.quant_conv.weight.dtype)
-    if vae.targets == "feature":
-        return images
-    refocus = Refocus(vae.schedule, psf)
-    return refocus(images).focused if vae.targets == "view" else refocus.blur(images)
+def _inputs(vae: VQVAE, images: Tensor) -> Tensor | list[Tensor]:
+    """What the tokenizer encodes of images of any dtype."""
+    return vae.inputs(images.to(vae.quant_conv.weight.dtype))
 
 
 def _check_images(images: Tensor, size: int) -> None:

@@ -145,9 +145,18 @@ def make_psf(name: str, radius: float, *, dtype: torch.dtype = torch.float32) ->
     Raises:
         ValueError: if there is no such function, or the radius is negative or not finite.
     """
-    if name not in PSFS:
+    return PSFS[check_psf(name)](radius, dtype=dtype)
+
+
+def check_psf(name: str | None) -> str:
+    """The name, if it is one of `PSFS`.
+
+    Raises:
+        ValueError: naming those that are.
+    """
+    if name is None or name not in PSFS:
         raise ValueError(f"psf must be one of {', '.join(PSFS)}, got {name!r}")
-    return PSFS[name](radius, dtype=dtype)
+    return name
 
 
 def disk_transfer(radius: float, frequency: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fvar_lightning.generation.sampling import generate, generate_stages
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import (
     batch_generator,
-    check_schedule,
+    check_views,
     parameter_groups,
     training_steps,
     warmup_linear,
@@ -161,11 +161,12 @@ class FVARTask(LightningModule):
         tokenizer = load_tokenizer(path)
         if not isinstance(tokenizer, AliasTokenizer):
             raise ValueError(f"alias_tokenizer {path!r} holds a structure tokenizer")
-        if tokenizer.schedule != self.vae.schedule:
-            raise ValueError(
-                "the tokenizers were trained on different schedules: "
-                f"structure_tokenizer {self.vae.schedule}, alias_tokenizer {tokenizer.schedule}"
-            )
+        for name in ("schedule", "psf"):
+            ours, theirs = getattr(self.vae, name), getattr(tokenizer, name)
+            if ours not in (theirs, None):
+                raise ValueError(
+                    f"{name} of the two tokenizers must be equal: structure_tokenizer {ours}, alias_tokenizer {theirs}"
+                )
         return tokenizer
 
     @property
@@ -179,8 +180,8 @@ class FVARTask(LightningModule):
             shard(self.student, self.teacher, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of another schedule, or of other tokens."""
-        check_schedule(self, self.vae.schedule)
+        """Refuse a data module of other views, or of other tokens."""
+        check_views(self, self.vae.schedule, self._alias_source.psf)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TokenDataModule):
             self._check_tokens(data.train.meta)
@@ -220,14 +221,9 @@ class FVARTask(LightningModule):
         if isinstance(batch, TokenBatch):
             return batch
         with torch.autocast(self.device.type, enabled=False):
-            structure = self.vae.encode(self._vae_input(batch))
+            structure = self.vae.encode(self.vae.inputs(batch.images, batch.views, batch.blurred))
             alias = self._alias_source.encode(batch.views.alias) if self.teacher is not None else []
         return TokenBatch(structure, alias, batch.labels)
-
-    def _vae_input(self, batch: ImageBatch) -> Tensor | list[Tensor]:
-        if self.vae.targets == "feature":
-            return batch.images
-        return batch.views.focused if self.vae.targets == "view" else batch.blurred
 
     def losses(self, batch: TokenBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """All terms, and their weighted sum as ``loss``; labels are dropped where a generator is given."""

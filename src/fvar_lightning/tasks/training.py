@@ -20,16 +20,17 @@ def batch_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def check_schedule(task: LightningModule, schedule: FocusSchedule) -> None:
-    """Refuse a data module whose schedule is not the task's.
+def check_views(task: LightningModule, schedule: FocusSchedule, psf: str | None) -> None:
+    """Refuse a data module that makes other views than the task's tokenizer encodes; without a psf it encodes none.
 
     Raises:
-        ValueError: with both.
+        ValueError: with both schedules or point-spread functions.
     """
     data = getattr(task.trainer, "datamodule", None)
-    theirs = getattr(data, "schedule", schedule)
-    if theirs != schedule:
-        raise ValueError(f"schedule of the data module and of the tokenizer differ: {theirs} and {schedule}")
+    for name, ours in (("schedule", schedule), ("psf", psf)):
+        theirs = getattr(data, name, ours)
+        if ours not in (theirs, None):
+            raise ValueError(f"{name} of the data module and of the tokenizer differ: {theirs} and {ours}")
 
 
 def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:

@@ -4,16 +4,18 @@ Legend: B batch, S scales, pn_s side of token map s, p patch size, W width, Z la
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, distributed, nn
 
+from fvar_lightning.optics.psf import check_psf
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.autoencoder import ResnetBlock
 from fvar_lightning.tokenizer.codebook import Codebook, exact
+from fvar_lightning.tokenizer.reconstruction import Reconstruction
 
 
 class PatchEncoder(nn.Module):
@@ -42,19 +44,6 @@ class PatchDecoder(nn.Module):
         return self.patch(self.blocks(self.conv_in(z)))
 
 
-class AliasPass(NamedTuple):
-    """A training pass over n scales."""
-
-    reconstructions: list[Tensor]
-    """Decoded residuals at unit variance, n tensors (B, 3, pn_s p, pn_s p)."""
-    targets: list[Tensor]
-    """What they should be."""
-    indices: list[Tensor]
-    """n tensors (B, pn_s^2) int64; empty while the codebook warms up."""
-    loss: Tensor
-    """Commitment loss, a scalar."""
-
-
 class AliasTokenizer(nn.Module):
     """A small VQ autoencoder over signed, zero-mean residuals, each scale divided by its running standard deviation.
 
@@ -66,6 +55,7 @@ class AliasTokenizer(nn.Module):
 
     Args:
         schedule: token layout.
+        psf: point-spread function whose residuals these are, see `Refocus`.
         vocab_size: codes (paper: 512).
         z_channels: Z.
         ch: width of the residual blocks.
@@ -79,6 +69,7 @@ class AliasTokenizer(nn.Module):
         self,
         schedule: FocusSchedule,
         *,
+        psf: str = "disk",
         vocab_size: int = 512,
         z_channels: int = 64,
         ch: int = 128,
@@ -88,7 +79,7 @@ class AliasTokenizer(nn.Module):
         **codebook: Any,
     ) -> None:
         super().__init__()
-        self.schedule = schedule
+        self.schedule, self.psf = schedule, check_psf(psf)
         self.z_channels = z_channels
         self.momentum, self.commitment = momentum, commitment
         sizes = schedule.patch_size, ch, num_res_blocks, z_channels
@@ -115,8 +106,8 @@ class AliasTokenizer(nn.Module):
         variance = self.variance[scale] / (1 - (1 - self.momentum) ** self.batches).clamp_min(self.momentum)
         return torch.where(variance > 0, variance.sqrt(), 1.0)
 
-    def forward(self, residuals: Sequence[Tensor]) -> AliasPass:
-        """A training pass.
+    def forward(self, residuals: Sequence[Tensor]) -> Reconstruction:
+        """A training pass: decoded residuals at unit variance, beside what they should be.
 
         Args:
             residuals: A_s of the first n scales (the last scale's is zero by construction), (B, 3, pn_s p, pn_s p).
@@ -142,7 +133,7 @@ class AliasTokenizer(nn.Module):
             quantised = [z + (c - z).detach() for z, c in zip(features, codes, strict=True)]
         if self.training:
             self.codebook.step()
-        return AliasPass([self.decoder(q) for q in quantised], targets, indices, loss)
+        return Reconstruction([self.decoder(q) for q in quantised], targets, indices, loss)
 
     @torch.no_grad()
     def _track(self, residuals: Sequence[Tensor]) -> None:

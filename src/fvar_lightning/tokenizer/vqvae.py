@@ -4,11 +4,14 @@ Legend: B batch, S scales, K focus states, pn_s side of token map s, Z latent ch
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fvar_lightning.optics.psf import check_psf
+from fvar_lightning.optics.refocus import Refocus, Views
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.autoencoder import VAR_CH_MULT, Decoder, Encoder
 from fvar_lightning.tokenizer.codebook import Codebook
@@ -35,6 +38,8 @@ class VQVAE(nn.Module):
         targets: what the token map of scale s stands for: ``view``: features of the focused view s; ``full``: features
             of the full-size focus state of scale s, area-averaged; ``feature``: features of the sharp image,
             area-averaged (VAR).
+        psf: point-spread function of the focus states it encodes, see `Refocus`; kept as None with targets ``feature``,
+            which see no blur.
         vocab_size: codes.
         z_channels: Z.
         ch: base width of the autoencoder.
@@ -45,7 +50,7 @@ class VQVAE(nn.Module):
         codebook: further arguments of `Codebook` (decay, warmup_steps, revive_after).
 
     Raises:
-        ValueError: if `ch_mult` does not fit the schedule's patch size, or `targets` is unknown.
+        ValueError: if `ch_mult` does not fit the schedule's patch size, or `targets` or `psf` is unknown.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class VQVAE(nn.Module):
         schedule: FocusSchedule,
         *,
         targets: Targets = "view",
+        psf: str | None = "disk",
         vocab_size: int = 4096,
         z_channels: int = 32,
         ch: int = 160,
@@ -68,6 +74,7 @@ class VQVAE(nn.Module):
             raise ValueError(f"targets must be one of {get_args(Targets)}, got {targets!r}")
         self.schedule = schedule
         self.targets = targets
+        self.psf = None if targets == "feature" else check_psf(psf)
         self.z_channels = z_channels
         self.norm_groups = norm_groups
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
@@ -91,6 +98,28 @@ class VQVAE(nn.Module):
     def codes(self, indices: Tensor) -> Tensor:
         """Codebook vectors: (...) indices -> (..., Z)."""
         return self.codebook(indices)
+
+    @cached_property
+    def refocus(self) -> Refocus:
+        """The optics whose views it encodes."""
+        assert self.psf is not None
+        return Refocus(self.schedule, self.psf)
+
+    def inputs(
+        self, images: Tensor, views: Views | None = None, blurred: Sequence[Tensor] | None = None
+    ) -> Tensor | list[Tensor]:
+        """What `encode` takes of images (B, 3, H, W) in [-1, 1], as the targets ask.
+
+        Args:
+            images: of the schedule's size.
+            views, blurred: what the tokenizer's optics make of them, where that is at hand (`ImageBatch`).
+        """
+        if self.targets == "feature":
+            return images
+        blurred = self.refocus.blur(images) if blurred is None else blurred
+        if self.targets == "full":
+            return list(blurred)
+        return (self.refocus.views(images, blurred) if views is None else views).focused
 
     def features(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """z_s, S tensors (B, Z, pn_s, pn_s); takes what `encode` takes."""

@@ -28,6 +28,7 @@ def describe(network: Network) -> dict[str, Any]:
     description = {
         "kind": "structure" if isinstance(network, VQVAE) else "alias",
         "schedule": asdict(network.schedule),
+        "psf": network.psf,
         "vocab_size": network.vocab_size,
         "z_channels": network.z_channels,
         "decay": network.codebook.decay,

@@ -1,0 +1,90 @@
+"""AliasTokenizerTask: the training of the alias tokenizer Q_A (stage 1)."""
+
+from dataclasses import asdict
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.metrics.tokenizer import SignalToNoise
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.stage1 import NOT_KEPT, Stage1Task, default_optimizer
+from fvar_lightning.tokenizer.alias import AliasTokenizer
+from fvar_lightning.tokenizer.reconstruction import Reconstruction
+
+
+class AliasTokenizerTask(Stage1Task):
+    """Trains an `AliasTokenizer` on the alias residuals of `ImageDataModule`: plain pixel losses at unit variance.
+
+    Args:
+        schedule: token layout and focus states; equal to the data module's.
+        psf: point-spread function; the data module's.
+        vocab_size, z_channels, ch, num_res_blocks: of the network.
+        decay, warmup_steps, revive_after: of the `Codebook`.
+        l1_weight, l2_weight: of the pixel losses.
+        vq_weight: of the commitment loss.
+        optimizer: of all parameters.
+        lr_warmup: part of the run during which the learning rate rises.
+        lr_final: learning rate at the end over its peak.
+    """
+
+    tokenizer: AliasTokenizer
+
+    def __init__(
+        self,
+        schedule: FocusSchedule = FocusSchedule(),  # noqa: B008 - frozen
+        psf: str = "disk",
+        vocab_size: int = 512,
+        z_channels: int = 64,
+        ch: int = 128,
+        num_res_blocks: int = 1,
+        decay: float = 0.99,
+        warmup_steps: int = 1000,
+        revive_after: int = 200,
+        l1_weight: float = 1.0,
+        l2_weight: float = 1.0,
+        vq_weight: float = 1.0,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_warmup: float = 0.02,
+        lr_final: float = 0.01,
+    ) -> None:
+        schedule = FocusSchedule.of(schedule)
+        tokenizer = AliasTokenizer(
+            schedule,
+            psf=psf,
+            vocab_size=vocab_size,
+            z_channels=z_channels,
+            ch=ch,
+            num_res_blocks=num_res_blocks,
+            decay=decay,
+            warmup_steps=warmup_steps,
+            revive_after=revive_after,
+        )
+        super().__init__(
+            tokenizer,
+            schedule.num_scales - 1,  # the last scale is sharp and has no residual
+            l1_weight=l1_weight,
+            l2_weight=l2_weight,
+            vq_weight=vq_weight,
+            optimizer=optimizer,
+            lr_warmup=lr_warmup,
+            lr_final=lr_final,
+            seed=0,
+        )
+        self.save_hyperparameters(ignore=NOT_KEPT)
+        self.hparams["schedule"] = asdict(schedule)
+        self.snr = SignalToNoise(self.scales)
+
+    def run(self, batch: ImageBatch, generator: torch.Generator | None) -> Reconstruction:
+        """The residuals of all scales but the last."""
+        return self.tokenizer(batch.views.alias[: self.scales])
+
+    def judge(self, passed: Reconstruction) -> None:
+        """Signal-to-noise ratio of every scale."""
+        self.snr.update(passed.decoded, passed.targets)
+
+    def log_figures(self) -> None:
+        """Log ``val/snr/*`` per scale, in dB."""
+        pairs = zip(self.schedule.patch_nums, self.snr.compute(), strict=False)
+        self.log_dict({f"val/snr/{n}x{n}": x for n, x in pairs})
+        self.snr.reset()

@@ -1,0 +1,159 @@
+"""Stage1Task: what the training of both tokenizers shares (stage 1)."""
+
+from collections.abc import Sized
+from typing import Any, cast
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.metrics.tokenizer import CodebookUsage
+from fvar_lightning.tasks.training import (
+    batch_generator,
+    check_views,
+    parameter_groups,
+    training_steps,
+    warmup_linear,
+)
+from fvar_lightning.tokenizer.build import Tokenizer
+from fvar_lightning.tokenizer.losses import pixel_loss
+from fvar_lightning.tokenizer.reconstruction import Reconstruction
+from fvar_lightning.weights.describe import describe
+
+NOT_KEPT = ["optimizer", "num_classes", "class_names"]
+"""Arguments that are no hyper-parameters; the classes the command line offers every task, and would keep here."""
+
+
+def default_optimizer(params: Any) -> torch.optim.Optimizer:
+    """AdamW as tokenizers are usually trained."""
+    return torch.optim.AdamW(params, lr=3e-4, betas=(0.5, 0.9), weight_decay=0.05)
+
+
+class Stage1Task(LightningModule):
+    """Trains one tokenizer on the batches of `ImageDataModule`. Subclasses say what a pass is, and judge it.
+
+    Args:
+        tokenizer: to be trained.
+        scales: of how many scales, the first ones, it makes tokens.
+        l1_weight, l2_weight: of the pixel losses.
+        vq_weight: of the codebook and commitment loss.
+        optimizer: of all parameters.
+        lr_warmup: part of the run during which the learning rate rises.
+        lr_final: learning rate at the end over its peak.
+        seed: of what is random in a step.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        scales: int,
+        *,
+        l1_weight: float,
+        l2_weight: float,
+        vq_weight: float,
+        optimizer: OptimizerCallable,
+        lr_warmup: float,
+        lr_final: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.schedule = tokenizer.schedule
+        # convolutions run up to three times faster on this layout
+        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
+        self.scales = scales
+        self.pixel_weights, self.vq_weight = (l1_weight, l2_weight), vq_weight
+        self.optimizer_factory = optimizer
+        self.lr_plan = lr_warmup, lr_final
+        self.seed = seed
+        self.usage = CodebookUsage(scales, tokenizer.vocab_size)
+
+    # What subclasses do
+
+    def run(self, batch: ImageBatch, generator: torch.Generator | None) -> Reconstruction:
+        """Encode, quantise and decode; with a generator as in training."""
+        raise NotImplementedError
+
+    def further_losses(self, passed: Reconstruction, loss: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        """The loss of a training step with what comes on top of pixels and codes, each also put among the `terms`."""
+        return loss
+
+    def judge(self, passed: Reconstruction) -> None:
+        """Accumulate figures of a validation batch."""
+        raise NotImplementedError
+
+    def log_figures(self) -> None:
+        """Log these figures at the end of a validation, and begin anew."""
+        raise NotImplementedError
+
+    # When they do it
+
+    def setup(self, stage: str) -> None:
+        """Refuse a data module of other views."""
+        check_views(self, self.schedule, self.tokenizer.psf)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say how to build the tokenizer, so that stage 2 and `load_tokenizer` can."""
+        checkpoint["tokenizer"] = describe(self.tokenizer)
+
+    def on_train_start(self) -> None:
+        """Refuse batches that are too small to initialise the codebook; warn of a run that ends before."""
+        codebook, loader = self.tokenizer.codebook, self.trainer.train_dataloader
+        if isinstance(loader, DataLoader) and codebook.updates <= codebook.warmup_steps:
+            images = min(loader.batch_size or 1, len(cast(Sized, loader.sampler))) * self.trainer.world_size
+            codebook.check_pool([images * side**2 for side in self.schedule.patch_nums[: self.scales]])
+        if codebook.warmup_steps >= self.trainer.estimated_stepping_batches:
+            rank_zero_warn(
+                f"warmup_steps {codebook.warmup_steps} leaves no step of the run's "
+                f"{self.trainer.estimated_stepping_batches} to set the codes in: stage 2 cannot use this tokenizer"
+            )
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """One step; logs every term as ``train/*``."""
+        key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        passed = self.run(batch, batch_generator(self.device, *key))
+        loss, pixel = self._loss(passed)
+        terms = {"pixel": pixel, "vq": passed.loss}
+        loss = self.further_losses(passed, loss, terms)
+        self.log_dict({f"train/{k}": v for k, v in {"loss": loss, **terms}.items()}, prog_bar=True)
+        return loss
+
+    def _loss(self, passed: Reconstruction) -> tuple[Tensor, Tensor]:
+        pairs = zip(passed.decoded, passed.targets, strict=True)
+        pixel = torch.stack([pixel_loss(x, y, *self.pixel_weights) for x, y in pairs]).mean()
+        return pixel + self.vq_weight * passed.loss, pixel
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
+        """Accumulate ``val/loss``, the task's figures and code usage; hands callbacks what was ``decoded``."""
+        passed = self.run(batch, None)
+        loss, _ = self._loss(passed)
+        self.log("val/loss", loss, sync_dist=True, batch_size=len(batch.images))
+        self.usage.update(passed.indices)
+        self.judge(passed)
+        return {"decoded": passed.decoded}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/usage/*`` and the task's figures."""
+        usage = self.usage.compute()
+        sides = self.schedule.patch_nums[: self.scales]
+        self.log_dict({f"val/usage/{n}x{n}": u for n, u in zip(sides, usage[:-1], strict=True)})
+        self.log("val/usage/all", usage[-1], prog_bar=True)
+        self.usage.reset()
+        self.log_figures()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def parameters_to_train(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser."""
+        return parameter_groups([self.tokenizer])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser with a learning rate that warms up and then falls linearly."""
+        optimizer = self.optimizer_factory(self.parameters_to_train())
+        scheduler = warmup_linear(optimizer, training_steps(self.trainer), *self.lr_plan)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
