@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, Subset
 
 from fvar_lightning.atomic import write_json
 from fvar_lightning.cli import configs
+from fvar_lightning.cli import main as run
 from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.metrics.extractors import EfficientNetLite0
 from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics
-from fvar_lightning.quickstart import run, train
+from fvar_lightning.quickstart import train
 
 TARGETS = ("view", "full", "feature")
 OF_VIEW = {

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evaluation_worker import LAYOUT, write_tokenizers
+from fvar_lightning.__main__ import run
 from fvar_lightning.cli import main
 from fvar_lightning.generation.sampling import generate
 from fvar_lightning.tasks.fvar import FVARTask
@@ -41,11 +42,11 @@ def folder(task: FVARTask) -> Path:
 
 
 def export(folder: Path, output: Path, *args: str, ckpt: str = "last.ckpt") -> None:
-    main(["export", "--ckpt_path", str(folder / ckpt), "--output", str(output), *args])
+    run(["export", "--ckpt_path", str(folder / ckpt), "--output", str(output), *args])
 
 
 def test_a_folder_is_all_a_user_needs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["export", "-c", str(CONF), "--ckpt_path", str(folder / "last.ckpt"), "--output", str(tmp_path / "model")])
+    run(["export", "-c", str(CONF), "--ckpt_path", str(folder / "last.ckpt"), "--output", str(tmp_path / "model")])
     written = capsys.readouterr().out
     assert f"wrote {tmp_path / 'model' / 'model.safetensors'} and " in written
     assert "(averaged weights)" in written
@@ -100,7 +101,7 @@ CONFIGS = {
     "wider.yaml": "{model: {class_path: FVARTask, init_args: {depth: 3, width: 64}}}",
     "fragment.yaml": "model: model.yaml",
     "model.yaml": "{class_path: fvar_lightning.tasks.fvar.FVARTask, init_args: {depth: 4}}",
-    "structure.yaml": "{model: {class_path: TokenizerTask, init_args: {ch: 8}}}",
+    "tokenizer.yaml": "{model: {class_path: TokenizerTask, init_args: {ch: 8}}}",
     "broken.yaml": "{",
     "list.yaml": "[1]",
     "trainer.yaml": "trainer: {max_steps: 3}",
@@ -135,7 +136,7 @@ def test_misuse_is_named(
     places = {"folder": str(folder), "configs": str(tmp_path), "out": str(tmp_path / "out")}
     given = {"ckpt_path": "{folder}/last.ckpt", "output": "{out}"} | args
     with pytest.raises(SystemExit, match="2"):
-        main(["export", *(f"--{name}={value.format(**places)}" for name, value in given.items())])
+        run(["export", *(f"--{name}={value.format(**places)}" for name, value in given.items())])
     assert message.format(**places) in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 

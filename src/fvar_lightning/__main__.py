@@ -1,11 +1,35 @@
-"""`python -m fvar_lightning` and the console script `fvar`."""
+"""`python -m fvar_lightning` and the console script `fvar`: chooses the command."""
 
-from fvar_lightning.cli import main
+import sys
+
+COMMANDS = {
+    "export": "a trained model in a form to use or publish",
+    "quickstart": "all stages, small, on the photographs bundled with scikit-image",
+}
+"""Beside those of LightningCLI (fit, validate, test, predict)."""
 
 
-def run() -> None:
-    """Run the command line of this process."""
-    main()
+def run(args: list[str] | None = None) -> None:
+    """Run the command line with the given arguments, those of the process by default.
+
+    Raises:
+        SystemExit: with status 2 if an argument is refused; the message names it.
+    """
+    args = sys.argv[1:] if args is None else args
+    command = args[0] if args else ""
+    # imported when chosen: exporting needs no Lightning
+    if command == "export":
+        from fvar_lightning.weights.export import export_command
+
+        export_command(args[1:])
+    elif command == "quickstart":
+        from fvar_lightning.quickstart import quickstart_command
+
+        quickstart_command(args[1:])
+    else:
+        from fvar_lightning.cli import main
+
+        main(args, also=COMMANDS)
 
 
 if __name__ == "__main__":

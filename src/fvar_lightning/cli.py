@@ -1,12 +1,12 @@
-"""The command line: `fvar fit | validate | test | predict` (LightningCLI), `fvar export` and `fvar quickstart`."""
+"""The command line of LightningCLI: `fvar fit | validate | test | predict`."""
 
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -25,7 +25,6 @@ from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.memory import keep_memory
 from fvar_lightning.tasks.tokenizer import TokenizerTask
-from fvar_lightning.weights.export import export_command
 from fvar_lightning.weights.files import read_checkpoint
 
 COMPONENTS = (
@@ -130,25 +129,21 @@ UPSTREAM_NOISE = (
 )
 
 
-def main(args: list[str] | None = None) -> FVARCommandLine | None:
-    """Run `fvar` with the given arguments, those of the process by default; return what a LightningCLI leaves behind.
+def main(args: list[str] | None = None, also: Mapping[str, str] | None = None) -> FVARCommandLine:
+    """Run `fvar fit | validate | test | predict` with the given arguments, those of the process by default.
+
+    Args:
+        args: of the command line.
+        also: further commands and what they do, for the help.
 
     Raises:
         SystemExit: with status 2 if an argument is refused; the message names it.
     """
-    args = sys.argv[1:] if args is None else args
     if not torch.cuda.is_available():
         keep_memory()
-    if args[:1] == ["export"]:
-        export_command(args[1:])
-        return None
-    if args[:1] == ["quickstart"]:
-        from fvar_lightning.quickstart import quickstart
-
-        auto_cli(quickstart, args=args[1:], prog="fvar quickstart")
-        return None
     for message in UPSTREAM_NOISE:
         warnings.filterwarnings("ignore", message=message)
+    others = "; ".join(f"'fvar {name}': {what}" for name, what in (also or {}).items())
     return FVARCommandLine(
         LightningModule,
         LightningDataModule,
@@ -158,11 +153,10 @@ def main(args: list[str] | None = None) -> FVARCommandLine | None:
         parser_kwargs={
             "prog": "fvar",
             "allow_abbrev": False,
-            "epilog": "Also: 'fvar export' (a trained model in a form to use or publish) and 'fvar quickstart' "
-            "(all stages, small, on the photographs bundled with scikit-image), each with --help.",
+            "epilog": f"Also, each with --help: {others}." if others else None,
         },
         save_config_kwargs={"overwrite": True},
-        args=args,
+        args=sys.argv[1:] if args is None else args,
     )
 
 

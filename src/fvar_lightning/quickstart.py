@@ -6,6 +6,7 @@ from time import perf_counter
 
 import torch
 import yaml
+from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
@@ -57,6 +58,11 @@ def quickstart(source: str = "photographs", output: str = "quickstart", effort: 
         print(f"  {picture}")
 
 
+def quickstart_command(args: list[str]) -> None:
+    """`fvar quickstart` with the given arguments."""
+    auto_cli(quickstart, args=args, prog="fvar quickstart")
+
+
 def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVARCommandLine:
     """One `fvar fit` of a stage, resumed from its last checkpoint where there is one."""
     config = configs() / "quickstart" / f"{stage}.yaml"
@@ -83,7 +89,7 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVAR
         args.append(f"--model.warmup_steps={min(warmup, steps // 2)}")
     args += arguments
     start = perf_counter()
-    cli = run(args)
+    cli = main(args)
     if cli.trainer.global_step > done:
         cli.trainer.save_checkpoint(last, weights_only=False)
         _add_seconds(folder / "seconds.json", stage, perf_counter() - start)
@@ -99,15 +105,8 @@ def write_tokens(folder: Path, arguments: list[str]) -> None:
     start = perf_counter()
     config = configs() / "quickstart" / "tokens.yaml"
     writer = [f"--trainer.callbacks.folder={index.parent}", f"--trainer.default_root_dir={folder}"]
-    run(["predict", f"--config={config}", *arguments, "--data.predict=tokens", *writer])
+    main(["predict", f"--config={config}", *arguments, "--data.predict=tokens", *writer])
     _add_seconds(folder / "seconds.json", "tokens", perf_counter() - start)
-
-
-def run(args: list[str]) -> FVARCommandLine:
-    """A subcommand of `fvar` within this process."""
-    cli = main(args)
-    assert cli is not None
-    return cli
 
 
 def _add_seconds(path: Path, stage: str, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks that evaluate while Lightning validates and tests."""
+"""Callbacks: evaluation and pictures in validation and test, writers of what is predicted."""
 
 from fvar_lightning.callbacks.alias import AliasMetrics
 from fvar_lightning.callbacks.base import StudentEvaluation
@@ -6,13 +6,16 @@ from fvar_lightning.callbacks.generation import GenerationMetrics
 from fvar_lightning.callbacks.loggers import log_picture
 from fvar_lightning.callbacks.pictures import SamplePictures, TokenizerPictures
 from fvar_lightning.callbacks.reconstruction import ReconstructionMetrics
+from fvar_lightning.callbacks.writers import SampleWriter, TokenWriter
 
 __all__ = [
     "AliasMetrics",
     "GenerationMetrics",
     "ReconstructionMetrics",
     "SamplePictures",
+    "SampleWriter",
     "StudentEvaluation",
+    "TokenWriter",
     "TokenizerPictures",
     "log_picture",
 ]

@@ -1,6 +1,6 @@
 """Frozen networks that turn images into features, one pass per image, and give the figures their names.
 
-All take uint8 images (B, 3, H, W) and give `Features`. `to_uint8` (data/pixels.py) makes such images from ours.
+All take uint8 images (B, 3, H, W) and give `Features`. `to_uint8` makes such images from ours.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from fvar_lightning.data.pixels import to_uint8 as to_uint8
 from fvar_lightning.tokenizer.frozen import EfficientNetLite
 
 INCEPTION_SHA256 = "6726825d"

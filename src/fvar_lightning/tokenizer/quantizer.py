@@ -1,4 +1,4 @@
-"""MultiScaleQuantizer: features <-> token maps, coarse to fine (VAR section 3.2; ours: DESIGN of the three targets).
+"""MultiScaleQuantizer: features <-> token maps, coarse to fine (VAR section 3.2; three targets, see `VQVAE`).
 
 Legend: B batch, S scales, C latent channels, h x w the last scale's map (h = w = pn_S), pn_s side of scale s.
 """

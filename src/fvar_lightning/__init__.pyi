@@ -1,0 +1,35 @@
+from .callbacks.alias import AliasMetrics as AliasMetrics
+from .callbacks.generation import GenerationMetrics as GenerationMetrics
+from .callbacks.pictures import SamplePictures as SamplePictures
+from .callbacks.pictures import TokenizerPictures as TokenizerPictures
+from .callbacks.reconstruction import ReconstructionMetrics as ReconstructionMetrics
+from .callbacks.writers import SampleWriter as SampleWriter
+from .callbacks.writers import TokenWriter as TokenWriter
+from .data.modules import ImageDataModule as ImageDataModule
+from .data.modules import TokenDataModule as TokenDataModule
+from .generation.editing import edit as edit
+from .generation.editing import outpaint_canvas as outpaint_canvas
+from .generation.guidance import constant as constant
+from .generation.guidance import interval as interval
+from .generation.guidance import ramp as ramp
+from .generation.sampling import generate as generate
+from .generation.sampling import generate_stages as generate_stages
+from .optics.psf import disk_psf as disk_psf
+from .optics.psf import gaussian_psf as gaussian_psf
+from .optics.refocus import Refocus as Refocus
+from .schedule import FocusSchedule as FocusSchedule
+from .tasks.alias import AliasTokenizerTask as AliasTokenizerTask
+from .tasks.fvar import FVARTask as FVARTask
+from .tasks.tokenizer import TokenizerTask as TokenizerTask
+from .tokenizer.alias import AliasTokenizer as AliasTokenizer
+from .tokenizer.vqvae import VQVAE as VQVAE
+from .transformer.teacher import HighFrequencyTeacher as HighFrequencyTeacher
+from .transformer.var import VAR as VAR
+from .weights.checkpoints import load_fvar_checkpoint as load_fvar_checkpoint
+from .weights.checkpoints import load_tokenizer as load_tokenizer
+from .weights.official import export_var_checkpoint as export_var_checkpoint
+from .weights.official import load_var_checkpoint as load_var_checkpoint
+from .weights.pretrained import from_pretrained as from_pretrained
+from .weights.pretrained import save_pretrained as save_pretrained
+
+__version__: str
