@@ -16,7 +16,7 @@ from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.metrics.extractors import EfficientNetLite0, Inception, ModuleExtractor
 from fvar_lightning.metrics.generation import frechet_distance, inception_score, kernel_distance
 from fvar_lightning.metrics.statistics import FeatureStatistics
-from fvar_lightning.tokenizer.frozen import EfficientNetLite
+from fvar_lightning.tokenizer.efficientnet import EfficientNetLite
 
 skimage_data = pytest.importorskip("skimage.data")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fvar_lightning.cli import FVARCommandLine, main
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tokenizer import losses
-from fvar_lightning.tokenizer.frozen import STAGE_CHANNELS, EfficientNetLite, LPIPSNetwork, load_lpips, lpips_file
+from fvar_lightning.tokenizer.efficientnet import STAGE_CHANNELS, EfficientNetLite
 from fvar_lightning.tokenizer.losses import (
     Discriminator,
     FeatureDiscriminator,
@@ -31,6 +31,7 @@ from fvar_lightning.tokenizer.losses import (
     pixel_loss,
     texture_loss,
 )
+from fvar_lightning.tokenizer.lpips import LPIPSNetwork, load_lpips, lpips_file
 
 CONF = Path(__file__).parent / "conf"
 

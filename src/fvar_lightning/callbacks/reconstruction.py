@@ -22,7 +22,7 @@ from fvar_lightning.metrics.generation import frechet_distance
 from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
 from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics
 from fvar_lightning.tasks.tokenizer import TokenizerTask
-from fvar_lightning.tokenizer.frozen import LPIPSNetwork, load_lpips, lpips_file
+from fvar_lightning.tokenizer.lpips import LPIPSNetwork, load_lpips, lpips_file
 
 LPIPS_SIZE = 64
 """Of smaller images too little reaches the networks' last layers, or nothing."""

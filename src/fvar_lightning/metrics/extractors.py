@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from fvar_lightning.data.pixels import to_uint8 as to_uint8
-from fvar_lightning.tokenizer.frozen import EfficientNetLite
+from fvar_lightning.tokenizer.efficientnet import EfficientNetLite
 
 INCEPTION_SHA256 = "6726825d"
 """How the SHA-256 of the Inception weights of the literature begins (torch-fidelity's and pytorch-fid's file)."""

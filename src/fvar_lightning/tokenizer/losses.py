@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fvar_lightning.tokenizer.frozen import STAGE_CHANNELS, EfficientNetLite, load_lpips
+from fvar_lightning.tokenizer.efficientnet import STAGE_CHANNELS, EfficientNetLite
+from fvar_lightning.tokenizer.lpips import load_lpips
 
 Perceptual = Literal["none", "efficientnet_lite1", "lpips"]
 Discriminator = Literal["patch", "efficientnet_lite1"]

