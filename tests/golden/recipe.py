@@ -41,6 +41,7 @@ CONFIGS = {
     "own_phis": Config((1, 2, 3, 4, 6, 8), 128, 8, 32, 0, 5, 3, 192, 3, True, True),
     "plain_attention": Config((1, 2, 3, 5), 96, 4, 32, 1, 1, 2, 64, 1, False, False),
     "plain_attention_shared_aln": Config((2, 3, 4), 64, 6, 32, 2, 3, 4, 128, 2, True, False),
+    "fewer_scales_than_phis": Config((1, 2, 4), 64, 4, 32, 4, 10, 2, 64, 1, False, True),
     "four_own_phis": Config((1, 2, 4, 8), 300, 32, 64, 0, 100, 5, 320, 5, False, True),
 }
 

@@ -108,7 +108,10 @@ def generate(
     focus: float = 0.0,
     revise: Revise | None = None,
 ) -> Tensor:
-    """Images of the given classes, (B, 3, H, W) in [-1, 1].
+    """Images of the given classes, (B, 3, H, W) in [-1, 1], float32 at least.
+
+    Of models in half precision, or under autocast, only the transformer and the decoder compute in it: quantiser and
+    sampling stay in float32. Whether the models are in training mode makes no difference.
 
     Args:
         var: the student.
@@ -141,17 +144,14 @@ def generate(
         more_smooth=more_smooth,
         revise=revise,
     )
-    return _decode(vae, refocused(stages, vae.schedule, focus))
+    with torch.no_grad():
+        return vae.image(refocused(stages, vae.schedule, focus))
 
 
 def generate_stages(var: VAR, vae: VQVAE, labels: Tensor, **options: Any) -> list[Tensor]:
     """The image after every scale, coarse to sharp: S tensors (B, 3, H, W) in [-1, 1]. Takes what `generate` takes."""
-    return [_decode(vae, f_hat) for f_hat in sample(var, vae, labels, **options)]
-
-
-@torch.no_grad()
-def _decode(vae: VQVAE, f_hat: Tensor) -> Tensor:
-    return vae.decode_features(f_hat).clamp(-1, 1)
+    with torch.no_grad():
+        return [vae.image(f_hat) for f_hat in sample(var, vae, labels, **options)]
 
 
 @torch.no_grad()
@@ -222,7 +222,9 @@ def _smooth_code(logits: Tensor, ratio: float, noise: Noise, codes: Tensor) -> T
     weights = ((logits * (1 + ratio) - noise.like(logits).log()) / temperature).softmax(-1)
     batch, length, _ = logits.shape
     side = round(length**0.5)
-    return (weights @ codes).transpose(1, 2).reshape(batch, codes.shape[1], side, side)
+    with torch.autocast(logits.device.type, enabled=False):
+        mixed = weights @ codes.to(weights.dtype)
+    return mixed.transpose(1, 2).reshape(batch, codes.shape[1], side, side)
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:

@@ -228,7 +228,7 @@ class TokenizerTask(Stage1Task):
         The image of a state is decoded from the tokens up to its last scale.
         """
         stages = self.tokenizer(self._inputs(batch, None)).stages
-        return [self.tokenizer.decode_features(stages[s]).clamp(-1, 1) for s in self.schedule.last_scales]
+        return [self.tokenizer.image(stages[s]) for s in self.schedule.last_scales]
 
     def parameters_to_train(self) -> list[dict[str, Any]]:
         """The discriminator's too, without decay, which would also wear it while it waits for its start."""

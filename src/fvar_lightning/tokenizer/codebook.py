@@ -114,7 +114,7 @@ class Codebook(nn.Module):
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Indices of the nearest codes: (N, C) -> (N,) int64. Under autocast too in the precision of its arguments."""
-        codes = self.embedding.weight
+        codes = self.embedding.weight.to(vectors.dtype)
         with torch.autocast(vectors.device.type, enabled=False):
             if self.cosine:
                 return (vectors @ F.normalize(codes, dim=1).T).argmax(1)

@@ -39,23 +39,27 @@ class Phi(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * x + 0.5 * super().forward(x)
+        assert self.bias is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return 0.5 * x + 0.5 * F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=1)
 
 
 class MultiScaleQuantizer(nn.Module):
     """Quantises the features z_s of every scale as residuals of one growing map f_hat.
 
     At scale s it quantises ``z_s - down_s(f_hat)`` and adds ``phi_s(up(code))``. With z_s the area average of one
-    feature map this is VAR's quantiser; with z_s the features of view s it is next-focus quantisation.
+    feature map this is VAR's quantiser; with z_s the features of view s it is next-focus quantisation. It computes in
+    float32 at least, under autocast and with weights of half precision too.
 
     Args:
         patch_nums: side of every token map.
         codebook: the codes, shared by all scales.
         num_phi: phi convolutions, shared evenly among the scales; ``None``: official VAR's 4, or S if that is less.
+            Of more than S, as official files may have, some serve no scale.
         commitment: weight of the commitment loss.
 
     Raises:
-        ValueError: if there are more convolutions than scales.
+        ValueError: if there is no convolution.
     """
 
     def __init__(
@@ -64,8 +68,8 @@ class MultiScaleQuantizer(nn.Module):
         super().__init__()
         self.patch_nums = tuple(patch_nums)
         num_phi = min(4, len(self.patch_nums)) if num_phi is None else num_phi
-        if not 1 <= num_phi <= len(self.patch_nums):
-            raise ValueError(f"num_phi must lie in 1..{len(self.patch_nums)} (the scales), got {num_phi}")
+        if num_phi < 1:
+            raise ValueError(f"num_phi must be at least 1, got {num_phi}")
         self.codebook = codebook
         self.commitment = commitment
         channels = codebook.embedding.embedding_dim
@@ -94,7 +98,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def code_map(self, indices: Tensor) -> Tensor:
         """(B, pn^2) indices -> (B, C, pn, pn) codes."""
-        return rearrange(self.codebook(indices), "b (h w) c -> b c h w", h=round(indices.shape[1] ** 0.5))
+        return rearrange(exact(self.codebook(indices)), "b (h w) c -> b c h w", h=round(indices.shape[1] ** 0.5))
 
     def forward(self, features: Sequence[Tensor], references: Sequence[Tensor] | None = None) -> Quantized:
         """Quantise, and in training mode keep the codebook up.
@@ -176,8 +180,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def stages(self, indices: Sequence[Tensor]) -> list[Tensor]:
         """f_hat after every scale from token maps: S tensors (B, pn_s^2) -> S tensors (B, C, h, w)."""
-        size = self.patch_nums[-1]
-        f_hat = self.codebook.embedding.weight.new_zeros(len(indices[0]), self.codebook.channels, size, size)
+        shape = (len(indices[0]), self.codebook.channels, self.patch_nums[-1], self.patch_nums[-1])
+        f_hat = exact(self.codebook.embedding.weight.new_zeros(shape))
         stages = []
         for s, tokens in enumerate(indices):
             f_hat = self.add(f_hat, self.code_map(tokens), s)

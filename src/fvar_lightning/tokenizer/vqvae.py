@@ -14,7 +14,7 @@ from fvar_lightning.optics.psf import check_psf
 from fvar_lightning.optics.refocus import Refocus, Views
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.autoencoder import VAR_CH_MULT, Decoder, Encoder
-from fvar_lightning.tokenizer.codebook import Codebook
+from fvar_lightning.tokenizer.codebook import Codebook, exact
 from fvar_lightning.tokenizer.quantizer import MultiScaleQuantizer, Quantized
 
 Targets = Literal["view", "full", "feature"]
@@ -162,18 +162,22 @@ class VQVAE(nn.Module):
         return self.quantizer.encode(self.features(x))
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """(B, Z, h, w) -> images (B, 3, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat))
+        """(B, Z, h, w) -> images (B, 3, H, W), not clamped, in the precision of the weights."""
+        return self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype)))
+
+    def image(self, f_hat: Tensor) -> Tensor:
+        """(B, Z, h, w) -> images (B, 3, H, W), clamped to [-1, 1], float32 at least."""
+        return exact(self.decode_features(f_hat)).clamp(-1, 1)
 
     @torch.no_grad()
     def decode(self, indices: Sequence[Tensor]) -> Tensor:
         """S token maps (B, pn_s^2) -> images (B, 3, H, W), clamped to [-1, 1]."""
-        return self.decode_features(self.quantizer.stages(indices)[-1]).clamp(-1, 1)
+        return self.image(self.quantizer.stages(indices)[-1])
 
     @torch.no_grad()
     def decode_stages(self, indices: Sequence[Tensor]) -> list[Tensor]:
         """The image after every scale, coarse to sharp: S tensors (B, 3, H, W), clamped to [-1, 1]."""
-        return [self.decode_features(f_hat).clamp(-1, 1) for f_hat in self.quantizer.stages(indices)]
+        return [self.image(f_hat) for f_hat in self.quantizer.stages(indices)]
 
     @torch.no_grad()
     def var_inputs(self, indices: Sequence[Tensor]) -> Tensor:

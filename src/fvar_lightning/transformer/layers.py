@@ -108,7 +108,7 @@ class FFN(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def drop_path(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+def drop_path(x: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     """Zero whole samples of (B, ...) with probability `rate`, scaling the others to keep the mean."""
     keep = x.new_empty((len(x),) + (1,) * (x.dim() - 1)).bernoulli_(1 - rate, generator=generator)
     return x * keep / (1 - rate)
@@ -169,7 +169,7 @@ class AdaLNBlock(nn.Module):
             x: tokens of all scales.
             condition: as `modulation` takes it.
             slices: where every scale's tokens lie.
-            generator: draws the stochastic depth in training.
+            generator: draws the stochastic depth in training; without one there is none.
         """
         modulation = self.modulation(condition)
         x = self.attend(x, modulation, lambda h: self.attn(h, slices), generator)
@@ -199,7 +199,9 @@ class AdaLNBlock(nn.Module):
         return x + self._dropped(h, generator)
 
     def _dropped(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
-        return drop_path(h, self.drop_path_rate, generator) if self.training and self.drop_path_rate > 0 else h
+        if not self.training or generator is None or self.drop_path_rate == 0:
+            return h
+        return drop_path(h, self.drop_path_rate, generator)
 
 
 class AdaLNBeforeHead(nn.Module):

@@ -155,7 +155,10 @@ class VAR(nn.Module):
 
     def embed(self, condition: Condition, inputs: Tensor) -> Tensor:
         """Input tokens of all scales, (B, L, C), from (B, L - pn_1^2, Z) features."""
-        return torch.cat((self.start(condition), self.word_embed(inputs)), dim=1) + self.positions()
+        return (
+            torch.cat((self.start(condition), self.word_embed(inputs.to(self.word_embed.weight.dtype))), dim=1)
+            + self.positions()
+        )
 
     def logits(self, hidden: Tensor, condition: Condition) -> Tensor:
         """(B, l, C) output of the last block -> (B, l, V)."""
@@ -180,7 +183,7 @@ class VAR(nn.Module):
         Args:
             labels: (B,) int64 in 0..num_classes.
             inputs: (B, L - pn_1^2, Z), from `VQVAE.var_inputs`.
-            generator: draws the stochastic depth in training.
+            generator: draws the stochastic depth in training; without one there is none.
 
         Returns:
             (B, L, V).

@@ -1,0 +1,108 @@
+"""What stays in float32 whatever the networks compute in, and what training mode changes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fvar_lightning.generation.editing import edit
+from fvar_lightning.generation.sampling import generate, generate_stages
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tokenizer.vqvae import VQVAE
+from fvar_lightning.transformer.var import VAR
+
+SCHEDULE = FocusSchedule((1, 2, 4), patch_size=4, focus_states=2)
+LABELS, SEEDS = torch.tensor([0, 1, 2]), [4, 5, 6]
+
+
+def make_models() -> tuple[VAR, VQVAE]:
+    torch.manual_seed(0)
+    vae = VQVAE(SCHEDULE, vocab_size=32, z_channels=8, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1)
+    for phi in vae.quantizer.phi:
+        torch.nn.init.normal_(phi.weight, std=0.2)
+    var = VAR(SCHEDULE.patch_nums, vocab_size=32, z_channels=8, num_classes=2, depth=3, width=32, drop_path_rate=0.9)
+    torch.nn.init.normal_(var.head.weight)
+    return var.eval(), vae.eval()
+
+
+def make_tokens() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(32, (3, n * n), generator=generator) for n in SCHEDULE.patch_nums]
+
+
+def test_training_mode_changes_no_image() -> None:
+    var, vae = make_models()
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.arange(16).expand(16, 16) < 8
+
+    def made() -> list[Tensor]:
+        stages = generate_stages(var, vae, LABELS, seeds=SEEDS)
+        return [generate(var, vae, LABELS, seeds=SEEDS), edit(var, vae, images, mask, LABELS, seeds=SEEDS), *stages]
+
+    expected = made()
+    var.train()
+    vae.train()
+    for ours, theirs in zip(made(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert var.training
+    assert vae.training
+
+
+def test_paths_are_dropped_in_training_by_a_generator() -> None:
+    var, vae = make_models()
+    for block in var.blocks:  # branches that begin almost closed would hide it
+        torch.nn.init.normal_(block.ada_lin[1].bias)
+    inputs = vae.var_inputs(make_tokens())
+
+    def logits(seed: int) -> Tensor:
+        return var(LABELS, inputs, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(logits(0), logits(1)), "not in evaluation mode"
+    var.train()
+    assert not torch.equal(logits(0), logits(1))
+    assert torch.equal(logits(0), logits(0))
+    assert torch.equal(var(LABELS, inputs), var.eval()(LABELS, inputs)), "nor without a generator"
+
+
+def test_the_quantiser_is_float32_under_autocast() -> None:
+    _, vae = make_models()
+    tokens = make_tokens()
+
+    def computed() -> list[Tensor]:
+        quantizer = vae.quantizer
+        stages = quantizer.stages(tokens)
+        added = quantizer.add(stages[0], quantizer.code_map(tokens[1]), 1)
+        return [quantizer.var_inputs(tokens), added, *stages]
+
+    expected = computed()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = computed()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("more_smooth", [False, True])
+def test_models_with_half_precision_weights_generate(more_smooth: bool) -> None:
+    var, vae = make_models()
+    exact = generate(var, vae, LABELS, seeds=SEEDS, more_smooth=more_smooth)
+    var.bfloat16()
+    vae.bfloat16()
+    found = generate(var, vae, LABELS, seeds=SEEDS, more_smooth=more_smooth)
+    assert found.dtype == torch.float32
+    assert found.shape == exact.shape
+    assert found.isfinite().all()
+    assert found.abs().max() <= 1
+
+
+def test_half_precision_decodes_nearly_the_same_image() -> None:
+    _, vae = make_models()
+    tokens = make_tokens()
+    exact = vae.double().decode(tokens)
+    vae.bfloat16()
+    found = vae.decode(tokens)
+    assert found.dtype == torch.float32
+    assert vae.quantizer.stages(tokens)[-1].dtype == torch.float32
+    # bfloat16 keeps eight bits; rounding errors of a few layers add up
+    assert (found - exact).abs().mean() < 0.02 * exact.abs().mean()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert [t.shape for t in vae.encode(vae.inputs(images.bfloat16()))] == [(2, 1), (2, 4), (2, 16)]
