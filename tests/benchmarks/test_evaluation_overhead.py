@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from size import TINY
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,14 +23,16 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tokenizer.build import build_tokenizer
 
-BATCH = 32
+BATCH = 8 if TINY else 32
 LAYOUT = {"patch_nums": (1, 2, 3, 4, 6, 8), "patch_size": 8, "focus_states": 4, "max_radius": 5.0, "schedule": "cosine"}
 
 
 def make_task(root: Path) -> FVARTask:
     description = {"kind": "structure", "schedule": LAYOUT, "vocab_size": 512, "z_channels": 16, "ch": 16,
                    "ch_mult": [1, 2, 4, 4], "num_res_blocks": 1}  # fmt: skip
-    weights = {f"tokenizer.{k}": v for k, v in build_tokenizer(**description).state_dict().items()}
+    tokenizer = build_tokenizer(**description)
+    tokenizer.codebook.step()  # a tokenizer without codes is refused
+    weights = {f"tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}
     torch.save({"tokenizer": description, "state_dict": weights}, root / "structure.ckpt")
     return FVARTask(str(root / "structure.ckpt"), num_classes=8, depth=8, width=192, heads=6, teacher_loss_weight=0.0,
                     feature_weight=0.0, logit_weight=0.0).eval()  # fmt: skip
@@ -63,9 +66,11 @@ class Clock:
 
 @pytest.mark.benchmark
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("samples", [512, 2000])
+@pytest.mark.parametrize("samples", [16] if TINY else [512, 2000])
 def test_overhead_of_generation_metrics(samples: int, tmp_path: Path) -> None:
-    data = ImageDataModule(image_size=64, schedule=FocusSchedule(**LAYOUT), crops_per_photograph=128, num_workers=0)
+    data = ImageDataModule(
+        image_size=64, schedule=FocusSchedule(**LAYOUT), crops_per_photograph=4 if TINY else 128, num_workers=0
+    )
     cache = str(tmp_path / "cache")
     trainer = make_trainer(tmp_path, [GenerationMetrics(2, Projection, cache=cache)], limit_val_batches=1, logger=False)
     trainer.validate(make_task(tmp_path), data, verbose=False)
@@ -91,4 +96,4 @@ def test_overhead_of_generation_metrics(samples: int, tmp_path: Path) -> None:
             f"extractor {extractor.seconds:.1f} s, beyond {beyond:.2f} s = {parts[type(callback).__name__]:.1%} of "
             f"generation, of which figures {callback.figures.seconds:.2f} s"
         )
-    assert max(parts.values()) < 0.1
+    assert TINY or max(parts.values()) < 0.1

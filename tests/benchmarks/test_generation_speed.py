@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from size import TINY
 from torch import Tensor, nn
 
 from fvar_lightning.generation.sampling import generate
@@ -76,7 +77,7 @@ def timed(make: Callable[[], Tensor]) -> tuple[float, Tensor]:
 @pytest.mark.benchmark
 @pytest.mark.skipif(VAR_REPO is None, reason="VAR_REPO names no checkout of the official code")
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", list(CASES)[:1] if TINY else CASES)
 def test_never_slower_than_the_official_code(name: str, tmp_path: Path) -> None:
     config, batch, guidance, top_k, top_p, rounds = CASES[name]
     official_vae, official_var = (filled(network, "speed") for network in build_official(str(VAR_REPO), config))
@@ -96,9 +97,9 @@ def test_never_slower_than_the_official_code(name: str, tmp_path: Path) -> None:
         return generate(var, vae, labels, guidance=guidance, top_k=top_k, top_p=top_p, generator=generator)
 
     torch.testing.assert_close(ours(), theirs(), rtol=0, atol=1e-4)
-    pairs = [(timed(theirs)[0], timed(ours)[0]) for _ in range(rounds)]
+    pairs = [(timed(theirs)[0], timed(ours)[0]) for _ in range(1 if TINY else rounds)]
     ratio = statistics.median(a / b for a, b in pairs)
     spread = ", ".join(f"{a / b:.2f}" for a, b in pairs)
     seconds = [statistics.median(column) / batch for column in zip(*pairs, strict=True)]
     print(f"\n{name}: official {seconds[0]:.2f} s, ours {seconds[1]:.2f} s an image; ratio {ratio:.2f} ({spread})")
-    assert ratio >= 1.0
+    assert TINY or ratio >= 1.0

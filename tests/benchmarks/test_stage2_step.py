@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from size import TINY
 from torch import Tensor
 
 from fvar_lightning.data.batches import TokenBatch
@@ -13,7 +14,8 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tokenizer.build import build_tokenizer
 
-DEPTH, WIDTH, HEADS, VOCAB, BATCH, ROUNDS = 16, 512, 8, 4096, 2, 5
+VOCAB, BATCH = 4096, 2
+DEPTH, WIDTH, HEADS, ROUNDS = (2, 64, 1, 1) if TINY else (16, 512, 8, 5)
 
 
 def write_tokenizer(kind: str, path: Path) -> str:
@@ -25,6 +27,7 @@ def write_tokenizer(kind: str, path: Path) -> str:
         "ch": 8,
     }
     tokenizer = build_tokenizer(**description)
+    tokenizer.codebook.step()  # a tokenizer without codes is refused
     weights = {f"tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}
     torch.save({"tokenizer": description, "state_dict": weights}, path)
     return str(path)
@@ -64,4 +67,4 @@ def test_shared_teacher_costs_at_most_a_third(tmp_path: Path) -> None:
     pairs = [(step(plain, batch), step(taught, batch)) for _ in range(ROUNDS)]
     ratio = statistics.median(b / a for a, b in pairs)
     print(f"\ndepth {DEPTH}, width {WIDTH}: plain {statistics.median(a for a, _ in pairs):.2f} s, ratio {ratio:.2f}")
-    assert ratio <= 1.3
+    assert TINY or ratio <= 1.3
