@@ -34,6 +34,7 @@ from evaluation_worker import (
 from fvar_lightning.callbacks import (
     AliasMetrics,
     GenerationMetrics,
+    LastCheckpoint,
     ReconstructionMetrics,
     SamplePictures,
     StudentEvaluation,
@@ -295,6 +296,25 @@ def test_averaged_weights_are_judged_whatever_the_order_of_callbacks(
             make_task(tokenizers), make_data(image_folder), ckpt_path=path, verbose=False
         )
         assert torch.equal(watch.seen[0], expected)
+
+
+@pytest.mark.parametrize("interval", [3, 100])
+def test_the_end_of_training_is_in_the_last_checkpoint(
+    interval: int, tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    """Also with averages, which replace the weights when training has ended."""
+    averaging, last = EMAWeightAveraging(decay=0.5, use_buffers=False), LastCheckpoint(str(tmp_path), interval)
+    trainer = make_trainer(tmp_path, [last, averaging], max_steps=11, max_epochs=-1, enable_checkpointing=True)
+    trainer.fit(make_task(tokenizers), make_data(image_folder))
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 11
+    plain = make_trainer(tmp_path / "plain", [], max_steps=11, max_epochs=-1)
+    plain.fit(task := make_task(tokenizers), make_data(image_folder))
+    raw = checkpoint["current_model_state"]
+    for name, value in task.state_dict().items():
+        assert torch.equal(raw[name], value), name
+    assert not torch.equal(raw["student.head.weight"], checkpoint["state_dict"]["student.head.weight"])
 
 
 def test_every_n_epochs_goes_on_in_a_resumed_run(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:

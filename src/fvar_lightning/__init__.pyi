@@ -1,4 +1,5 @@
 from .callbacks.alias import AliasMetrics as AliasMetrics
+from .callbacks.checkpoint import LastCheckpoint as LastCheckpoint
 from .callbacks.generation import GenerationMetrics as GenerationMetrics
 from .callbacks.pictures import SamplePictures as SamplePictures
 from .callbacks.pictures import TokenizerPictures as TokenizerPictures

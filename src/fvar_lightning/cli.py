@@ -18,6 +18,7 @@ from fvar_lightning.callbacks import (
     SamplePictures,
     TokenizerPictures,
 )
+from fvar_lightning.callbacks.checkpoint import LastCheckpoint
 from fvar_lightning.callbacks.writers import SampleWriter, TokenWriter
 from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
 from fvar_lightning.metrics.extractors import EfficientNetLite0, Inception
@@ -35,6 +36,7 @@ COMPONENTS = (
     FVARTask,
     SampleWriter,
     TokenWriter,
+    LastCheckpoint,
     GenerationMetrics,
     ReconstructionMetrics,
     AliasMetrics,

@@ -91,7 +91,6 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVAR
     start = perf_counter()
     cli = main(args)
     if cli.trainer.global_step > done:
-        cli.trainer.save_checkpoint(last, weights_only=False)
         _add_seconds(folder / "seconds.json", stage, perf_counter() - start)
     return cli
 
