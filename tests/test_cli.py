@@ -9,6 +9,7 @@ import torch
 
 from evaluation_worker import LAYOUT, make_task, make_trainer, write_tokenizers
 from fvar_lightning.cli import FVARCommandLine, main, options
+from fvar_lightning.tasks.fvar import FVARTask
 
 CONF = Path(__file__).parent / "conf"
 
@@ -55,7 +56,7 @@ def test_command_line_counts_more_than_the_checkpoint_and_this_more_than_files(
 ) -> None:
     caplog.set_level(logging.INFO)
     (tmp_path / "more.yaml").write_text("model: {init_args: {guidance: 4.0, top_k: 7}}")
-    cli = run("predict", image_folder, tmp_path, *tokenizers(trained), *given, f"--config={tmp_path / 'more.yaml'}",
+    cli = run("predict", image_folder, tmp_path, *given, f"--config={tmp_path / 'more.yaml'}",
               f"--ckpt_path={trained / 'last.ckpt'}")  # fmt: skip
     assert cli.model.sampling == {"guidance": 3.0, "top_k": 900, "top_p": 0.96}
     assert cli.model.student.depth == 2, "not the 3 of the configuration file"
@@ -66,7 +67,7 @@ def test_equal_options_are_no_conflict(
     trained: Path, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    cli = run("fit", image_folder, tmp_path, *tokenizers(trained), "--model.guidance=2", "--model.depth=2",
+    cli = run("fit", image_folder, tmp_path, "--model.guidance=2", "--model.depth=2",
               f"--ckpt_path={trained / 'last.ckpt'}", "--trainer.max_steps=2")  # fmt: skip
     assert cli.trainer.global_step == 2
     assert not replaced(caplog)
@@ -81,7 +82,33 @@ def test_moved_tokenizers_are_found_where_the_command_line_says(
         (moved / f"{kind}.ckpt").rename(moved / f"{kind}_new.ckpt")
     where = [f"--model.{kind}_tokenizer={moved / kind}_new.ckpt" for kind in ("structure", "alias")]
     cli = run("predict", image_folder, tmp_path, *where, f"--ckpt_path={moved / 'last.ckpt'}")
-    assert cli.model.hparams["structure_tokenizer"] == str(moved / "structure_new.ckpt")
+    assert cli.model.alias_tokenizer is not None
+
+
+@pytest.mark.parametrize("command", ["predict", "validate", "test", "fit"])
+def test_a_checkpoint_needs_no_tokenizer_files(command: str, trained: Path, image_folder: Path, tmp_path: Path) -> None:
+    """Nor the weights it began with; the configuration names files that do not exist."""
+    alone = tmp_path / "last.ckpt"
+    shutil.copy(trained / "last.ckpt", alone)
+    (tmp_path / "files.yaml").write_text(
+        "model: {init_args: {structure_tokenizer: no.ckpt, alias_tokenizer: no.ckpt, initial_weights: no.pth}}"
+    )
+    cli = run(command, image_folder, tmp_path, f"--config={tmp_path / 'files.yaml'}", f"--ckpt_path={alone}",
+              "--trainer.max_steps=2")  # fmt: skip
+    stored = torch.load(alone, weights_only=True)["state_dict"]
+    frozen = {name: value for name, value in cli.model.state_dict().items() if not name.startswith(("stu", "tea"))}
+    assert {name.split(".")[0] for name in frozen} == {"vae", "alias_tokenizer"}
+    for name, value in frozen.items():
+        assert torch.equal(value, stored[name]), name
+
+
+def test_a_description_alone_is_not_trained_with(trained: Path, image_folder: Path) -> None:
+    arguments = torch.load(trained / "last.ckpt", weights_only=True)["hyper_parameters"]
+    task = FVARTask(**{name: x for name, x in arguments.items() if not name.startswith("_")})
+    with pytest.raises(ValueError, match="structure_tokenizer is a description without weights"):
+        task.on_fit_start()
+    loaded = FVARTask.load_from_checkpoint(trained / "last.ckpt", weights_only=True)
+    loaded.on_fit_start()
 
 
 def test_checkpoints_of_a_trainer_in_python_are_taken(trained: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def task(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> FVARTa
 
 @pytest.fixture(scope="module")
 def folder(task: FVARTask) -> Path:
-    return Path(task.hparams["structure_tokenizer"]).parent
+    return Path(task.trainer.default_root_dir)
 
 
 def export(folder: Path, output: Path, *args: str, ckpt: str = "last.ckpt") -> None:

@@ -82,8 +82,8 @@ class FVARCommandLine(LightningCLI):
             for name, value in self.config.items():
                 if value != stored.get(name):
                     rank_zero_info(
-                        f"{name.removeprefix(f'{command}.')}: {value!r} of the command line replaces the checkpoint's "
-                        f"{stored.get(name)!r}"
+                        f"{name.removeprefix(f'{command}.')}: {brief(value)} of the command line replaces the "
+                        f"checkpoint's {brief(stored.get(name))}"
                     )
         self.config[command]["ckpt_path"] = self.ckpt_path
 
@@ -114,6 +114,12 @@ class FVARCommandLine(LightningCLI):
             while root.__cause__ is not None:
                 root = root.__cause__
             self.parser.error(str(root))
+
+
+def brief(value: object) -> str:
+    """For a message: descriptions of networks are long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def options(args: list[str], name: str) -> list[str]:

@@ -24,12 +24,23 @@ from fvar_lightning.tasks.training import (
     warmup_linear,
 )
 from fvar_lightning.tokenizer.alias import AliasTokenizer
+from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, logit_loss, token_loss
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.checkpoints import load_initial_weights, load_tokenizer
-from fvar_lightning.weights.describe import describe, differences
+from fvar_lightning.weights.describe import build, describe, differences
+
+
+def _tokenizer(source: str | dict[str, Any]) -> Tokenizer:
+    """From a checkpoint, or from a description, frozen."""
+    if isinstance(source, str):
+        return load_tokenizer(source)
+    tokenizer = build(source)
+    if isinstance(tokenizer, VAR):
+        raise ValueError("a tokenizer is described as a transformer")
+    return tokenizer.requires_grad_(False).eval()
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -47,8 +58,9 @@ class FVARTask(LightningModule):
     With the three weights at 0 there is no teacher: plain VAR.
 
     Args:
-        structure_tokenizer: checkpoint of the structure tokenizer.
-        alias_tokenizer: checkpoint of the alias tokenizer; without one the alias residuals go through the structure
+        structure_tokenizer: checkpoint of the structure tokenizer; in this task's own checkpoints, which hold the
+            tokenizers, its description.
+        alias_tokenizer: the same of the alias tokenizer; without one the alias residuals go through the structure
             tokenizer (needs targets ``view``).
         initial_weights: start the student from these: official VAR's file, a checkpoint of this task or a pretrained
             folder; class embeddings are new where the number of classes differs.
@@ -73,8 +85,8 @@ class FVARTask(LightningModule):
 
     def __init__(
         self,
-        structure_tokenizer: str,
-        alias_tokenizer: str | None = None,
+        structure_tokenizer: str | dict[str, Any],
+        alias_tokenizer: str | dict[str, Any] | None = None,
         initial_weights: str | None = None,
         num_classes: int = 1000,
         class_names: list[str] | None = None,
@@ -125,11 +137,15 @@ class FVARTask(LightningModule):
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
         self.lr_plan = lr_warmup, lr_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
-        vae = load_tokenizer(structure_tokenizer)
+        vae = _tokenizer(structure_tokenizer)
         if not isinstance(vae, VQVAE):
             raise ValueError(f"structure_tokenizer {structure_tokenizer!r} holds an alias tokenizer")
         self.vae = vae
         self.alias_tokenizer = self._load_alias(alias_tokenizer)
+        # a checkpoint stands alone: it holds these weights
+        self.hparams["structure_tokenizer"] = describe(vae)
+        self.hparams["alias_tokenizer"] = None if self.alias_tokenizer is None else describe(self.alias_tokenizer)
+        self.hparams["initial_weights"] = None
         self.student = VAR(
             vae.schedule.patch_nums,
             vocab_size=vae.vocab_size,
@@ -155,12 +171,12 @@ class FVARTask(LightningModule):
                 trunk=trunk,
             )
 
-    def _load_alias(self, path: str | None) -> AliasTokenizer | None:
-        if path is None:
+    def _load_alias(self, source: str | dict[str, Any] | None) -> AliasTokenizer | None:
+        if source is None:
             return None
-        tokenizer = load_tokenizer(path)
+        tokenizer = _tokenizer(source)
         if not isinstance(tokenizer, AliasTokenizer):
-            raise ValueError(f"alias_tokenizer {path!r} holds a structure tokenizer")
+            raise ValueError(f"alias_tokenizer {source!r} holds a structure tokenizer")
         for name in ("schedule", "psf"):
             ours, theirs = getattr(self.vae, name), getattr(tokenizer, name)
             if ours not in (theirs, None):
@@ -206,6 +222,15 @@ class FVARTask(LightningModule):
         sizes = {name: x for name, x in describe(self.student).items() if name != "drop_path_rate"}
         if differing := differences(checkpoint.get("networks", {}).get("student", {}), sizes):
             raise ValueError(f"the checkpoint is of another student: {differing}")
+
+    def on_fit_start(self) -> None:
+        """Refuse tokenizers that are described but came with no checkpoint.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
+        if self.vae.codebook.warming_up:
+            raise ValueError("structure_tokenizer is a description without weights: give its checkpoint")
 
     def train(self, mode: bool = True) -> "FVARTask":
         """Training mode, but never for the frozen tokenizers."""

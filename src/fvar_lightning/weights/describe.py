@@ -27,7 +27,7 @@ def describe(network: Network) -> dict[str, Any]:
         }
     description = {
         "kind": "structure" if isinstance(network, VQVAE) else "alias",
-        "schedule": asdict(network.schedule),
+        "schedule": {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(network.schedule).items()},
         "psf": network.psf,
         "vocab_size": network.vocab_size,
         "z_channels": network.z_channels,
