@@ -120,6 +120,28 @@ def test_official_files_there_and_back(tmp_path: Path) -> None:
     assert sorted(p.name for p in files[0].parent.iterdir()) == ["vae.pth", "var.pth"]
 
 
+@pytest.mark.parametrize(
+    ("sides", "num_phi", "first"),
+    [((1, 2, 4), 4, "qresi_ls.0."), ((1, 4), 4, "qresi_ls.0."), ((1, 2, 4), 1, "qresi."), ((1, 2, 4), 3, "0.")],
+)
+def test_phis_are_named_as_official_var_shares_them(
+    sides: tuple[int, ...], num_phi: int, first: str, tmp_path: Path
+) -> None:
+    """By share_quant_resi, 4 unless told otherwise: with fewer scales than phis too."""
+    schedule = FocusSchedule(sides, patch_size=4, focus_states=1)
+    vae, file = tiny_vae(schedule=schedule, targets="feature", num_phi=num_phi), tmp_path / "vae.pth"
+    with pytest.warns(UserWarning, match="ch_mult"):
+        export_var_checkpoint(vae, None, file)
+    names = {name for name in torch.load(file, weights_only=True) if "quant_resi" in name}
+    assert f"quantize.quant_resi.{first}weight" in names
+    assert len(names) == 2 * num_phi
+    again, _ = load_var_checkpoint(file, patch_nums=sides)
+    size = schedule.image_size
+    tokens = vae.encode(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    for ours, theirs in zip(again.decode_stages(tokens), vae.decode_stages(tokens), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_loaded_codebook_is_not_initialised_anew(official: tuple[Path, Path]) -> None:
     vae, _ = load_var_checkpoint(*official)
     assert not vae.train().quantizer.codebook.needs_init

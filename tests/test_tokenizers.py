@@ -87,7 +87,7 @@ def test_quantiser_against_plain_recursion_in_float64(generator: torch.Generator
     torch.testing.assert_close(quantizer.stages(found)[-1], f_hat, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("scales", "count"), [(10, 4), (10, 1), (10, 10), (6, 4), (4, 4), (1, 1)])
+@pytest.mark.parametrize(("scales", "count"), [(10, 4), (10, 1), (10, 10), (6, 4), (4, 4), (3, 4), (2, 4), (1, 4), (1, 1)])
 def test_phi_is_shared_as_in_var(scales: int, count: int) -> None:
     quantizer = MultiScaleQuantizer(range(1, scales + 1), Codebook(4, 2), num_phi=count)
     margin = 1 / 3 / count if count == 4 else 1 / 2 / count
@@ -95,8 +95,14 @@ def test_phi_is_shared_as_in_var(scales: int, count: int) -> None:
     for s in range(scales):
         expected = int(np.argmin(np.abs(ticks - s / max(scales - 1, 1))))
         assert quantizer.phi_of(s) is quantizer.phi[expected]
-    # DistributedDataParallel refuses parameters that no scale uses
-    assert {id(quantizer.phi_of(s)) for s in range(scales)} == {id(phi) for phi in quantizer.phi}
+    if count <= scales:  # DistributedDataParallel refuses parameters that no scale uses
+        assert {id(quantizer.phi_of(s)) for s in range(scales)} == {id(phi) for phi in quantizer.phi}
+
+
+def test_phi_has_a_default_and_a_least_number() -> None:
+    assert [len(MultiScaleQuantizer(range(1, n + 1), Codebook(4, 2)).phi) for n in (1, 3, 4, 10)] == [1, 3, 4, 4]
+    with pytest.raises(ValueError, match="num_phi must be at least 1, got 0"):
+        MultiScaleQuantizer((1, 2, 4), Codebook(4, 2), num_phi=0)
 
 
 def test_gradient_passes_straight_through(generator: torch.Generator) -> None:
