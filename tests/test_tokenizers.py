@@ -105,6 +105,32 @@ def test_phi_has_a_default_and_a_least_number() -> None:
         MultiScaleQuantizer((1, 2, 4), Codebook(4, 2), num_phi=0)
 
 
+@pytest.mark.parametrize("targets", ["full", "feature"])
+def test_features_of_an_autocast_encoder_are_averaged_in_float32(targets: str, generator: torch.Generator) -> None:
+    vae = VQVAE(SCHEDULE, targets=targets, **SMALL).eval().requires_grad_(False)
+    x = inputs(targets, images(2, generator))
+    with torch.autocast("cpu", torch.bfloat16):
+        last = vae.quant_conv(vae.encoder(x if targets == "feature" else x[-1]))
+        found = vae.features(x)
+    assert last.dtype == torch.bfloat16
+    state = slice(0, 3) if targets == "feature" else slice(2, 3)  # scales of the last map
+    for z, n in zip(found[state], SCHEDULE.patch_nums[state], strict=True):
+        assert z.dtype == torch.float32
+        averages = last.double().unfold(2, 4 // n, 4 // n).unfold(3, 4 // n, 4 // n).mean((-1, -2))
+        torch.testing.assert_close(z.double(), averages, rtol=0, atol=1e-6)
+
+
+def test_the_quantiser_adds_up_half_precision_in_float32(generator: torch.Generator) -> None:
+    quantizer = MultiScaleQuantizer(SCHEDULE.patch_nums, Codebook(4, 2)).requires_grad_(False)
+    f_hat, code = (torch.randn(2, 2, n, n, generator=generator).bfloat16() for n in (4, 2))
+    for ours, exact in (
+        (quantizer.add(f_hat, code, 1), quantizer.add(f_hat.float(), code.float(), 1)),
+        (quantizer.next_input(f_hat, 0), quantizer.next_input(f_hat.float(), 0)),
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, exact)
+
+
 def test_gradient_passes_straight_through(generator: torch.Generator) -> None:
     quantizer = MultiScaleQuantizer((1, 2, 4), Codebook(16, 8)).eval()
     features = [torch.randn(2, 8, n, n, generator=generator, requires_grad=True) for n in (1, 2, 4)]

@@ -85,12 +85,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def up(self, x: Tensor) -> Tensor:
         """(B, C, pn, pn) -> (B, C, h, w), bicubic."""
-        size = self.patch_nums[-1]
+        x, size = exact(x), self.patch_nums[-1]
         return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode="bicubic")
 
     def down(self, f: Tensor, scale: int) -> Tensor:
         """(B, C, h, w) -> (B, C, pn_s, pn_s), area average."""
-        return F.interpolate(f, size=(self.patch_nums[scale],) * 2, mode="area")
+        return F.interpolate(exact(f), size=(self.patch_nums[scale],) * 2, mode="area")
 
     def add(self, f_hat: Tensor, code: Tensor, scale: int) -> Tensor:
         """f_hat with the code map (B, C, pn_s, pn_s) of a scale added."""
@@ -193,6 +193,6 @@ class MultiScaleQuantizer(nn.Module):
         return rearrange(self.down(f_hat, scale + 1), "b c h w -> b (h w) c")
 
     def var_inputs(self, indices: Sequence[Tensor]) -> Tensor:
-        """Teacher-forcing input of VAR: S token maps -> (B, L - pn_1^2, C), float32."""
+        """Teacher-forcing input of VAR: S token maps -> (B, L - pn_1^2, C), float32 at least."""
         stages = self.stages(indices[:-1])
         return torch.cat([self.next_input(f_hat, s) for s, f_hat in enumerate(stages)], dim=1)
