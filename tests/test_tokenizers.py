@@ -87,7 +87,9 @@ def test_quantiser_against_plain_recursion_in_float64(generator: torch.Generator
     torch.testing.assert_close(quantizer.stages(found)[-1], f_hat, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("scales", "count"), [(10, 4), (10, 1), (10, 10), (6, 4), (4, 4), (3, 4), (2, 4), (1, 4), (1, 1)])
+@pytest.mark.parametrize(
+    ("scales", "count"), [(10, 4), (10, 1), (10, 10), (6, 4), (4, 4), (3, 4), (2, 4), (1, 4), (1, 1)]
+)
 def test_phi_is_shared_as_in_var(scales: int, count: int) -> None:
     quantizer = MultiScaleQuantizer(range(1, scales + 1), Codebook(4, 2), num_phi=count)
     margin = 1 / 3 / count if count == 4 else 1 / 2 / count
