@@ -49,7 +49,7 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
 
 
 class FVARTask(LightningModule):
-    """Trains the student, and the teacher that distils the alias tokens into it (paper section 3.5, eq. 11-12).
+    """Trains the student, and the teacher that distils the alias tokens into it (paper section 3.6, eq. 12).
 
         loss = CE(student) + teacher_loss_weight * CE(teacher)
              + feature_weight * MSE(features) + logit_weight * KL(teacher || student)

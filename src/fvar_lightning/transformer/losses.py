@@ -1,4 +1,4 @@
-"""The terms of stage 2 (paper section 3.5, eq. 11-12).
+"""The terms of stage 2 (paper section 3.6, eq. 12).
 
 Legend: B batch, L tokens of all scales, C width, V codebook.
 """

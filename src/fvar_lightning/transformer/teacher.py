@@ -1,4 +1,4 @@
-"""HighFrequencyTeacher: the student's architecture with alias-gated cross-attention (paper section 3.4, eq. 9-10).
+"""HighFrequencyTeacher: the student's architecture with alias-gated cross-attention (paper section 3.5, eq. 9-10).
 
 Legend: B batch, S scales, L tokens of all scales, C width, V structure codebook, Z_a channels of the alias codebook.
 """
