@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fvar_lightning.generation.sampling import Noise, generate, generate_stages, guidance_scales, truncate
+from fvar_lightning.generation.sampling import Noise, generate, generate_stages, guidance_scales, sample, truncate
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.layers import KVCache, block_causal_attention
@@ -199,6 +199,25 @@ def test_stages_end_in_the_image(vae: VQVAE) -> None:
     stages = generate_stages(var, vae, labels, seeds=[1, 2])
     assert len(stages) == 3
     assert torch.equal(stages[-1], generate(var, vae, labels, seeds=[1, 2]))
+
+
+def test_no_labels_are_sampled_to_nothing(vae: VQVAE) -> None:
+    stages = sample(make_var(), vae, torch.zeros(0, dtype=torch.long), seeds=[])
+    assert [f_hat.shape for f_hat in stages] == [(0, 4, 3, 3)] * 3
+
+
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16])
+def test_f_hat_has_one_dtype_at_every_scale(weights: torch.dtype, vae: VQVAE) -> None:
+    read = []
+
+    def remember(s: int, f_hat: Tensor, indices: Tensor) -> Tensor:
+        read.append(f_hat.dtype)
+        return indices
+
+    var, vae = make_var().to(weights), copy.deepcopy(vae).to(weights)
+    made = [f.dtype for f in sample(var, vae, torch.tensor([0]), seeds=[0], revise=remember)]
+    wanted = torch.float64 if weights == torch.float64 else torch.float32
+    assert set(read + made) == {wanted}
 
 
 def test_guidance_ramp_is_vars() -> None:

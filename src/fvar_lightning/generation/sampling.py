@@ -188,7 +188,7 @@ def sample(
     positions = var.positions()
     cache = KVCache(var.depth, layout.length)
     size = layout.patch_nums[-1]
-    f_hat = torch.zeros(batch, var.z_channels, size, size, device=labels.device)
+    f_hat = exact(quantizer.codebook.embedding.weight.new_zeros(batch, var.z_channels, size, size))
     tokens = var.start(condition) + positions[:, layout.slices[0]]
     for s, t in enumerate(strengths):
         hidden = var.step(tokens, modulations, cache)
@@ -207,7 +207,7 @@ def sample(
         yield f_hat
         if s + 1 < layout.num_scales:
             inputs = quantizer.next_input(f_hat, s).to(var.word_embed.weight.dtype)
-            tokens = var.word_embed(inputs.repeat(len(labels) // batch, 1, 1)) + positions[:, layout.slices[s + 1]]
+            tokens = var.word_embed(inputs.repeat(2 if guided else 1, 1, 1)) + positions[:, layout.slices[s + 1]]
 
 
 def _guided_logits(var: VAR, hidden: Tensor, condition: Condition, t: float) -> Tensor:
