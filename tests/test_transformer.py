@@ -194,6 +194,47 @@ def test_guidance_mixes_logits(vae: VQVAE) -> None:
         assert torch.equal(mixed.argmax(-1), tokens)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_that_stops_drops_the_unconditional_half(kind: dict[str, bool], vae: VQVAE) -> None:
+    """Against a strength too small to change a number, which computes both halves to the end."""
+    var, vae = make_var(**kind).double(), copy.deepcopy(vae).double()
+    labels, tokens, rows = torch.tensor([0, 3, 5]), [], []
+    var.blocks[-1].ffn.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+
+    def remember(s: int, f_hat: Tensor, indices: Tensor) -> Tensor:
+        tokens.append(indices)
+        return torch.full_like(indices, -1)
+
+    def made(strengths: list[float]) -> tuple[Tensor, Tensor, list[int]]:
+        tokens.clear()
+        rows.clear()
+        images = generate(var, vae, labels, guidance=strengths, seeds=[1, 2, 3], revise=remember)
+        return images, torch.cat(tokens, dim=1), list(rows)
+
+    for strengths, counts in (
+        ([2.0, 0.0, 0.0], [6, 3, 3]),
+        ([0.0, 2.0, 0.0], [6, 6, 3]),
+        ([2.0, 0.0, 2.0], [6, 6, 6]),
+        ([0.0, 0.0, 0.0], [3, 3, 3]),
+    ):
+        images, drawn, seen = made(strengths)
+        assert seen == counts
+        expected, expected_drawn, both = made([t or 1e-300 for t in strengths])
+        assert both == [6, 6, 6]
+        assert torch.equal(drawn, expected_drawn)
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-10)
+
+
+def test_a_cache_keeps_the_first_samples_and_frees_the_others() -> None:
+    cache = KVCache(depth=2, length=5)
+    k, v = torch.randn(2, 4, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    cache.append(0, k[:, :, :3], v[:, :, :3])
+    cache.keep(1)
+    for found, expected in zip(cache.append(0, k[:1, :, 3:], v[:1, :, 3:]), (k, v), strict=True):
+        assert torch.equal(found, expected[:1])
+        assert found.untyped_storage().nbytes() == expected[:1].nbytes
+
+
 def test_stages_end_in_the_image(vae: VQVAE) -> None:
     var, labels = make_var(), torch.tensor([0, 1])
     stages = generate_stages(var, vae, labels, seeds=[1, 2])

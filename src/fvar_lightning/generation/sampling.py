@@ -118,8 +118,8 @@ def generate(
         vae: its structure tokenizer.
         labels: (B,) int64 on the models' device, 0..num_classes (num_classes: class-free).
         guidance: classifier-free guidance; a number g means g * s / (S - 1) at scale s (VAR), a sequence of S numbers
-            is taken as it is (`ramp`, `constant` and `interval` of `fvar_lightning.generation.guidance` make some); 0
-            computes no unconditional half.
+            is taken as it is (`ramp`, `constant` and `interval` of `fvar_lightning.generation.guidance` make some).
+            The unconditional half is computed up to the last scale whose strength is not 0.
         top_k: keep the k likeliest tokens, 0: all; more than V means all.
         top_p: of these, keep the likeliest that hold this probability, 0: all.
         seeds: one per image: the image is then the same alone or in any batch.
@@ -191,6 +191,12 @@ def sample(
     f_hat = exact(quantizer.codebook.embedding.weight.new_zeros(batch, var.z_channels, size, size))
     tokens = var.start(condition) + positions[:, layout.slices[0]]
     for s, t in enumerate(strengths):
+        if guided and not any(strengths[s:]):
+            guided = False
+            condition = Condition(*(x[:batch] for x in condition))
+            modulations = [modulation[:batch] for modulation in modulations]
+            tokens = tokens[:batch]
+            cache.keep(batch)
         hidden = var.step(tokens, modulations, cache)
         logits = _guided_logits(var, hidden, condition, t) if guided else var.logits(hidden, condition)
         logits = truncate(exact(logits), top_k, top_p)

@@ -39,6 +39,12 @@ class KVCache:
         self.filled[block] = stop
         return pair[0][:, :, :stop], pair[1][:, :, :stop]
 
+    def keep(self, batch: int) -> None:
+        """Only the first `batch` samples; the memory of the others is freed."""
+        for block, pair in enumerate(self._storage):
+            if pair is not None:
+                self._storage[block] = pair[0][:batch].clone(), pair[1][:batch].clone()
+
 
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, slices: Sequence[slice], scale: float) -> Tensor:
     """Every scale reads itself and the scales before it: (B, H, L, D) each -> (B, H, L, D).
