@@ -221,7 +221,19 @@ def make_task(trained: dict[str, Path], **kwargs: object) -> FVARTask:
     paths = {f"{kind}_tokenizer": str(path) for kind, path in trained.items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return FVARTask(**paths, num_classes=2, depth=3, width=32, heads=2, drop_path_rate=0.1, **kwargs)
+        return FVARTask(**paths, num_classes=2, depth=3, width=32, heads=2, **({"drop_path_rate": 0.1} | kwargs))
+
+
+def open_branches(task: FVARTask) -> None:
+    """Away from the initialisation, where branches are almost closed; a teacher's copies follow."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in task.student.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for own, copied in zip(task.student.blocks[task.teacher.first :], task.teacher.blocks, strict=True):
+            copied.block.load_state_dict(own.state_dict())
+        if task.teacher.network is not None:
+            task.teacher.network.load_state_dict(task.student.state_dict(), strict=False)
 
 
 def make_tokens(task: FVARTask) -> TokenBatch:
@@ -244,16 +256,40 @@ def test_student_gradients_without_teacher_are_plain_vars(trained: dict[str, Pat
     batch = make_tokens(task)
     plain = copy.deepcopy(task.student).train()
     generator = batch_generator(torch.device("cpu"), 5)
-    torch.rand(4, generator=generator)  # label dropout draws first
-    inputs = task.vae.var_inputs(batch.structure)
-    dropped = torch.rand(4, generator=batch_generator(torch.device("cpu"), 5)) < 0.1
-    logits = plain(torch.where(dropped, 2, batch.labels), inputs, generator=generator)
+    dropped = torch.rand(4, generator=generator) < 0.1
+    keep = plain.keep_masks(4, generator)
+    logits = plain(torch.where(dropped, 2, batch.labels), task.vae.var_inputs(batch.structure), keep)
     F.cross_entropy(logits.flatten(0, 1), torch.cat(batch.structure, 1).flatten()).backward()
     for name in ("teacher_loss_weight", "feature_weight", "logit_weight"):
         setattr(task, name, 0.0)
     found = gradients(task, task.losses(batch, batch_generator(torch.device("cpu"), 5))["loss"])
     for name, p in plain.named_parameters():
         assert torch.equal(found[name], p.grad), name
+
+
+@pytest.mark.parametrize("trunk", ["shared", "separate"])
+def test_a_teacher_that_is_a_copy_teaches_nothing_in_training_either(trained: dict[str, Path], trunk: str) -> None:
+    """Student and teacher skip the same branches of the same samples."""
+    task = make_task(trained, trunk=trunk, drop_path_rate=0.8).train()
+    open_branches(task)
+    batch = make_tokens(task)
+    still = task.losses(batch)
+    terms = task.losses(batch, batch_generator(torch.device("cpu"), 5))
+    assert terms["student"] != still["student"]
+    assert terms["feature"] == 0
+    assert terms["logit"].item() == pytest.approx(0, abs=1e-7)
+    assert terms["teacher"] == terms["student"]
+
+
+@pytest.mark.parametrize("trunk", ["shared", "separate"])
+def test_the_losses_compile_without_a_graph_break(trained: dict[str, Path], trunk: str) -> None:
+    task = make_task(trained, trunk=trunk).train()
+    batch = make_tokens(task)
+    inputs = task.step_inputs(batch, batch_generator(torch.device("cpu"), 5))
+    expected = gradients(task, task.terms(inputs)["loss"])
+    compiled = torch.compile(task.terms, fullgraph=True, backend="eager")
+    for name, gradient in gradients(task, compiled(inputs)["loss"]).items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_teacher_is_not_pulled_by_the_distillation(trained: dict[str, Path]) -> None:

@@ -72,6 +72,39 @@ def test_cached_equals_uncached(kind: dict[str, bool]) -> None:
         torch.testing.assert_close(logits, expected[:, rows])
 
 
+def test_masks_of_stochastic_depth_keep_the_mean() -> None:
+    var = make_var(drop_path_rate=0.6)
+    keep = var.keep_masks(20000, torch.Generator().manual_seed(0))
+    assert keep.shape == (3, 20000, 2)
+    for rate, mask in zip((0.0, 0.3, 0.6), keep, strict=True):
+        assert set(mask.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - rate)).item()}
+        torch.testing.assert_close(mask.mean(0), torch.ones(2), atol=0.03, rtol=0)
+    together = (keep[2] == 0).all(dim=1).float().mean().item()
+    assert together == pytest.approx(0.36, abs=0.02)  # branches are dropped independently
+
+
+def test_a_sample_skips_the_branches_its_mask_says() -> None:
+    """Against a network in which these branches are closed by hand."""
+    var = make_var().double()
+    labels, inputs, _ = make_batch()
+    keep = torch.tensor([[[1, 0], [1, 1]], [[0, 2], [1, 1]], [[1, 1], [1, 1]]], dtype=torch.float64)
+    closed = copy.deepcopy(var)
+    with torch.no_grad():
+        for i, branch, factor in ((0, 1, 0), (1, 0, 0), (1, 1, 2)):
+            width = slice(branch * 32, branch * 32 + 32)
+            closed.blocks[i].ada_lin[1].weight[width] *= factor
+            closed.blocks[i].ada_lin[1].bias[width] *= factor
+    found = var(labels, inputs.double(), keep)
+    torch.testing.assert_close(found[:1], closed(labels[:1], inputs[:1].double()))
+    torch.testing.assert_close(found[1:], var(labels[1:], inputs[1:].double()))
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_var_refuses_drop_rates(rate: float) -> None:
+    with pytest.raises(ValueError, match=rf"drop_path_rate must lie in \[0, 1\), got {rate}"):
+        make_var(drop_path_rate=rate)
+
+
 @pytest.mark.parametrize("trunk", ["shared", "separate"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_teacher_starts_as_the_student(kind: dict[str, bool], trunk: str) -> None:

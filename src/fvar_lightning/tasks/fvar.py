@@ -3,7 +3,7 @@
 Legend: B batch, S scales, L tokens of all scales, Z latent channels.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -46,6 +46,21 @@ def _tokenizer(source: str | dict[str, Any]) -> Tokenizer:
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
     """AdamW as VAR is trained."""
     return torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+
+
+class StepInputs(NamedTuple):
+    """What the networks of a stage-2 step read."""
+
+    labels: Tensor
+    """(B,), some of them dropped."""
+    inputs: Tensor
+    """(B, L - pn_1^2, Z), see `VAR`."""
+    targets: Tensor
+    """(B, L) structure tokens."""
+    alias: Tensor | None
+    """(B, L, Z_a) alias codebook vectors, where there is a teacher."""
+    keep: Tensor | None
+    """(depth, B, 2), see `VAR.keep_masks`."""
 
 
 class FVARTask(LightningModule):
@@ -251,19 +266,30 @@ class FVARTask(LightningModule):
         return TokenBatch(structure, alias, batch.labels)
 
     def losses(self, batch: TokenBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """All terms, and their weighted sum as ``loss``; labels are dropped where a generator is given."""
-        labels = batch.labels
-        if generator is not None and self.label_dropout > 0:
+        """All terms, and their weighted sum as ``loss``; where a generator is given it draws which labels and which
+        branches are dropped."""
+        return self.terms(self.step_inputs(batch, generator))
+
+    def step_inputs(self, batch: TokenBatch, generator: torch.Generator | None = None) -> StepInputs:
+        """What a step draws and looks up before the networks run."""
+        labels, keep, alias = batch.labels, None, None
+        if generator is not None:
             dropped = torch.rand(len(labels), device=labels.device, generator=generator) < self.label_dropout
             labels = torch.where(dropped, self.student.num_classes, labels)
-        inputs = self.vae.var_inputs(batch.structure)
-        targets = torch.cat(list(batch.structure), dim=1)
-        trace = self.student.trace(labels, inputs, generator=generator)
-        terms = {"student": token_loss(trace.logits, targets)}
-        terms["loss"] = terms["student"]
+            keep = self.student.keep_masks(len(labels), generator)
         if self.teacher is not None:
             alias = self._alias_source.codes(torch.cat(list(batch.alias), dim=1))
-            taught = self.teacher(self.student, trace, labels, inputs, alias, generator=generator)
+        targets = torch.cat(list(batch.structure), dim=1)
+        return StepInputs(labels, self.vae.var_inputs(batch.structure), targets, alias, keep)
+
+    def terms(self, step: StepInputs) -> dict[str, Tensor]:
+        """The terms of `losses`: a function of tensors alone."""
+        labels, inputs, targets, alias, keep = step
+        trace = self.student.trace(labels, inputs, keep)
+        terms = {"student": token_loss(trace.logits, targets)}
+        terms["loss"] = terms["student"]
+        if self.teacher is not None and alias is not None:
+            taught = self.teacher(self.student, trace, labels, inputs, alias, keep)
             terms["teacher"] = token_loss(taught.logits, targets)
             n = self.feature_blocks
             terms["feature"] = feature_loss(trace.hidden[-n:], taught.hidden[-n:])

@@ -114,12 +114,6 @@ class FFN(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def drop_path(x: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """Zero whole samples of (B, ...) with probability `rate`, scaling the others to keep the mean."""
-    keep = x.new_empty((len(x),) + (1,) * (x.dim() - 1)).bernoulli_(1 - rate, generator=generator)
-    return x * keep / (1 - rate)
-
-
 class AdaLNBlock(nn.Module):
     """Pre-norm transformer block whose norms are modulated by the class (DiT).
 
@@ -129,7 +123,7 @@ class AdaLNBlock(nn.Module):
         hidden: width of the feed-forward layer.
         shared_aln: add a learned offset to one modulation shared by all blocks instead of computing an own one.
         l2_norm: cosine attention.
-        drop_path_rate: stochastic depth.
+        drop_path_rate: stochastic depth: how often a sample skips a branch in training (see `VAR.keep_masks`).
     """
 
     def __init__(
@@ -155,59 +149,50 @@ class AdaLNBlock(nn.Module):
             weight = cast(nn.Linear, self.ada_lin[1]).weight
             weight.mul_(factors.to(weight).repeat_interleave(weight.shape[1])[:, None])
 
-    def modulation(self, condition: Tensor) -> Tensor:
+    def modulation(self, condition: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, 6, C): gains, scales and shifts of both branches.
 
         Args:
             condition: the class embedding (B, C), or with shared AdaLN the shared modulation (B, 6, C).
+            keep: stochastic depth, (B, 2) factors on the branches' gains; ``None`` keeps all.
         """
         if self.ada_gss is not None:
-            return self.ada_gss[0] + condition
-        assert self.ada_lin is not None
-        return rearrange(self.ada_lin(condition), "b (six c) -> b six c", six=6)
+            modulation = self.ada_gss[0] + condition
+        else:
+            assert self.ada_lin is not None
+            modulation = rearrange(self.ada_lin(condition), "b (six c) -> b six c", six=6)
+        if keep is None:
+            return modulation
+        gains, others = modulation.split([2, 4], dim=1)
+        return torch.cat((gains * keep[..., None].to(gains.dtype), others), dim=1)
 
-    def forward(
-        self, x: Tensor, condition: Tensor, slices: Sequence[slice], *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, slices: Sequence[slice], keep: Tensor | None = None) -> Tensor:
         """A teacher-forced pass: (B, L, C) -> (B, L, C).
 
         Args:
             x: tokens of all scales.
             condition: as `modulation` takes it.
             slices: where every scale's tokens lie.
-            generator: draws the stochastic depth in training; without one there is none.
+            keep: as `modulation` takes it.
         """
-        modulation = self.modulation(condition)
-        x = self.attend(x, modulation, lambda h: self.attn(h, slices), generator)
-        return self.feed(x, modulation, generator)
+        modulation = self.modulation(condition, keep)
+        x = self.attend(x, modulation, lambda h: self.attn(h, slices))
+        return self.feed(x, modulation)
 
     def step(self, x: Tensor, modulation: Tensor, cache: KVCache, index: int) -> Tensor:
         """The tokens (B, l, C) of the next scale, reading all that block `index` has cached."""
         x = self.attend(x, modulation, lambda h: self.attn.step(h, cache, index))
         return self.feed(x, modulation)
 
-    def attend(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        attention: Callable[[Tensor], Tensor],
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def attend(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         """The attention branch."""
         gain, _, scale, _, shift, _ = modulation[:, :, None].unbind(1)
-        h = attention(self.ln_wo_grad(x) * (scale + 1) + shift) * gain
-        return x + self._dropped(h, generator)
+        return x + attention(self.ln_wo_grad(x) * (scale + 1) + shift) * gain
 
-    def feed(self, x: Tensor, modulation: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def feed(self, x: Tensor, modulation: Tensor) -> Tensor:
         """The feed-forward branch."""
         _, gain, _, scale, _, shift = modulation[:, :, None].unbind(1)
-        h = self.ffn(self.ln_wo_grad(x) * (scale + 1) + shift) * gain
-        return x + self._dropped(h, generator)
-
-    def _dropped(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
-        if not self.training or generator is None or self.drop_path_rate == 0:
-            return h
-        return drop_path(h, self.drop_path_rate, generator)
+        return x + self.ffn(self.ln_wo_grad(x) * (scale + 1) + shift) * gain
 
 
 class AdaLNBeforeHead(nn.Module):

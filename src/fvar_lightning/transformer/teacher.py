@@ -80,17 +80,17 @@ class AliasBlock(nn.Module):
         condition: Tensor,
         alias: Tensor,
         slices: Sequence[slice],
+        keep: Tensor | None = None,
         *,
         causal: bool,
         scales: int,
-        generator: torch.Generator | None = None,
     ) -> Tensor:
         """(B, L, C) -> (B, L, C); the arguments of `AdaLNBlock` and of `AliasGatedCrossAttention`."""
         block = self.block
-        modulation = block.modulation(condition)
-        x = block.attend(x, modulation, lambda h: block.attn(h, slices), generator)
+        modulation = block.modulation(condition, keep)
+        x = block.attend(x, modulation, lambda h: block.attn(h, slices))
         x = self.cross(x, alias, slices, causal=causal, scales=scales)
-        return block.feed(x, modulation, generator)
+        return block.feed(x, modulation)
 
 
 class HighFrequencyTeacher(nn.Module):
@@ -155,14 +155,7 @@ class HighFrequencyTeacher(nn.Module):
     level_ids: Tensor
 
     def forward(
-        self,
-        student: VAR,
-        trace: Trace,
-        labels: Tensor,
-        inputs: Tensor,
-        alias: Tensor,
-        *,
-        generator: torch.Generator | None = None,
+        self, student: VAR, trace: Trace, labels: Tensor, inputs: Tensor, alias: Tensor, keep: Tensor | None = None
     ) -> TeacherOutput:
         """A teacher-forced pass.
 
@@ -172,25 +165,26 @@ class HighFrequencyTeacher(nn.Module):
             labels: (B,), as given to the student.
             inputs: (B, L - pn_1^2, Z), as given to the student.
             alias: alias codebook vectors of all scales, (B, L, Z_a).
-            generator: draws the stochastic depth.
+            keep: (depth, B, 2), as given to the student: a sample skips in both what it skips in one.
         """
         if self.network is None:
             network, condition, x = student, trace.condition, trace.hidden[self.first]
         else:
             network = self.network
             condition = network.condition(labels)
-            x = network.run(network.embed(condition, inputs), condition, generator=generator)[-1]
+            x = network.run(network.embed(condition, inputs), condition, keep)[-1]
         alias = self.alias_embed(alias) + self.alias_positions + self.alias_levels(self.level_ids)
         hidden = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks, start=self.first):
+            kept = None if keep is None else keep[i]
             x = block(
                 x,
                 condition.for_blocks,
                 alias,
                 self.layout.slices,
+                kept,
                 causal=self.causal,
                 scales=self.alias_scales,
-                generator=generator,
             )
             hidden.append(x)
         return TeacherOutput(network.logits(x, condition), hidden)

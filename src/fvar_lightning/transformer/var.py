@@ -51,7 +51,7 @@ class VAR(nn.Module):
         attn_l2_norm: cosine attention (all official weights).
 
     Raises:
-        ValueError: if width and heads do not divide, or a size is not positive.
+        ValueError: if width and heads do not divide, a size is not positive, or drop_path_rate is not in [0, 1).
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class VAR(nn.Module):
         if width % heads:
             raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
         drop_path_rate = 0.1 * depth / 24 if drop_path_rate is None else drop_path_rate
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
         # a VAR knows no focus, only the token layout
         self.layout = FocusSchedule(tuple(patch_nums), focus_states=1)
         self.vocab_size, self.z_channels, self.num_classes = vocab_size, z_channels, num_classes
@@ -164,31 +166,46 @@ class VAR(nn.Module):
         """(B, l, C) output of the last block -> (B, l, V)."""
         return self.head(self.head_nm(hidden, condition.embedding))
 
-    def run(self, tokens: Tensor, condition: Condition, *, generator: torch.Generator | None = None) -> list[Tensor]:
+    def keep_masks(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Stochastic depth of one training step, drawn outside the blocks: (depth, B, 2).
+
+        What every block's two branches are multiplied by for each sample: 0 where the sample skips the branch, else
+        1 / (1 - drop rate of the block), which keeps the mean.
+
+        Args:
+            batch: B.
+            generator: on the network's device.
+        """
+        device = self.pos_start.device
+        kept = torch.tensor([1 - block.drop_path_rate for block in self._blocks], device=device)[:, None, None]
+        return (torch.rand(self.depth, batch, 2, device=device, generator=generator) < kept) / kept
+
+    def run(self, tokens: Tensor, condition: Condition, keep: Tensor | None = None) -> list[Tensor]:
         """Tokens of all scales through the blocks: depth + 1 tensors (B, L, C), the tokens first."""
         hidden = [tokens]
-        for block in self.blocks:
-            hidden.append(block(hidden[-1], condition.for_blocks, self.layout.slices, generator=generator))
+        for i, block in enumerate(self.blocks):
+            kept = None if keep is None else keep[i]
+            hidden.append(block(hidden[-1], condition.for_blocks, self.layout.slices, kept))
         return hidden
 
-    def trace(self, labels: Tensor, inputs: Tensor, *, generator: torch.Generator | None = None) -> Trace:
+    def trace(self, labels: Tensor, inputs: Tensor, keep: Tensor | None = None) -> Trace:
         """`forward` with everything a teacher reads from the pass."""
         condition = self.condition(labels)
-        hidden = self.run(self.embed(condition, inputs), condition, generator=generator)
+        hidden = self.run(self.embed(condition, inputs), condition, keep)
         return Trace(self.logits(hidden[-1], condition), hidden, condition)
 
-    def forward(self, labels: Tensor, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, labels: Tensor, inputs: Tensor, keep: Tensor | None = None) -> Tensor:
         """Teacher-forced logits.
 
         Args:
             labels: (B,) int64 in 0..num_classes.
             inputs: (B, L - pn_1^2, Z), from `VQVAE.var_inputs`.
-            generator: draws the stochastic depth in training; without one there is none.
+            keep: stochastic depth in training, (depth, B, 2) from `keep_masks`; ``None`` skips no branch.
 
         Returns:
             (B, L, V).
         """
-        return self.trace(labels, inputs, generator=generator).logits
+        return self.trace(labels, inputs, keep).logits
 
     def modulations(self, condition: Condition) -> list[Tensor]:
         """AdaLN modulations of every block, (B, 6, C) each: computed once per sample, read at every scale."""
