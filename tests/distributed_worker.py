@@ -17,6 +17,7 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.transformer import losses
 
 SCHEDULE = FocusSchedule((1, 2, 4), patch_size=4, focus_states=2)
 TOTAL = 8
@@ -48,6 +49,7 @@ def sgd(params: object) -> torch.optim.Optimizer:
 def make_task(name: str, tokenizers: list[str]) -> LightningModule:
     torch.manual_seed(0)
     if name == "fvar":
+        losses.CHUNK = 16  # several of a batch
         return FVARTask(
             *tokenizers, num_classes=2, depth=3, width=32, heads=2, drop_path_rate=0.0, label_dropout=0.0, optimizer=sgd
         )

@@ -42,8 +42,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     [
         ("structure", "ddp", "64-true", 1e-9),
         ("alias", "ddp", "64-true", 1e-9),
-        # cross-entropy is float32 in any precision
-        ("fvar", "ddp", "64-true", 1e-6),
+        ("fvar", "ddp", "64-true", 1e-9),
         # FSDP2 does not take float64
         ("fvar", "fsdp", "32-true", 2e-5),
     ],

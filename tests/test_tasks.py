@@ -298,12 +298,12 @@ def test_teacher_is_not_pulled_by_the_distillation(trained: dict[str, Path]) -> 
     terms = task.losses(make_tokens(task))
     own = [p for p in task.teacher.parameters()]
     grads = torch.autograd.grad(terms["feature"] + terms["logit"], own, allow_unused=True)
-    assert all(g is None for g in grads)
+    assert not any(g.any() for g in grads if g is not None)
     assert terms["feature"] > 0
     assert terms["logit"] > 0
 
 
-def test_logit_term_is_the_divergence_in_float64(trained: dict[str, Path]) -> None:
+def test_terms_are_the_plain_formulas_in_float64(trained: dict[str, Path]) -> None:
     task = make_task(trained).eval()
     torch.nn.init.normal_(task.teacher.blocks[-1].cross.proj.weight)
     torch.nn.init.normal_(task.student.head.weight)
@@ -313,7 +313,7 @@ def test_logit_term_is_the_divergence_in_float64(trained: dict[str, Path]) -> No
     trace = task.student.trace(batch.labels, inputs)
     alias = task.alias_tokenizer.codes(torch.cat(batch.alias, 1))
     taught = task.teacher(task.student, trace, batch.labels, inputs, alias)
-    p, q = (x.double().softmax(-1) for x in (taught.logits, trace.logits))
+    p, q = (x.double().softmax(-1) for x in (taught.readout.logits(), task.student(batch.labels, inputs)))
     assert terms["logit"].item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     error = (trace.hidden[-1] - taught.hidden[-1]).double().square().mean()
     assert terms["feature"].item() == pytest.approx(error.item(), rel=1e-4)

@@ -26,7 +26,7 @@ from fvar_lightning.tasks.training import (
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
-from fvar_lightning.transformer.losses import feature_loss, logit_loss, token_loss
+from fvar_lightning.transformer.losses import feature_loss, token_losses
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.checkpoints import load_initial_weights, load_tokenizer
@@ -286,20 +286,20 @@ class FVARTask(LightningModule):
         """The terms of `losses`: a function of tensors alone."""
         labels, inputs, targets, alias, keep = step
         trace = self.student.trace(labels, inputs, keep)
-        terms = {"student": token_loss(trace.logits, targets)}
-        terms["loss"] = terms["student"]
-        if self.teacher is not None and alias is not None:
-            taught = self.teacher(self.student, trace, labels, inputs, alias, keep)
-            terms["teacher"] = token_loss(taught.logits, targets)
-            n = self.feature_blocks
-            terms["feature"] = feature_loss(trace.hidden[-n:], taught.hidden[-n:])
-            terms["logit"] = logit_loss(trace.logits, taught.logits)
-            terms["loss"] = (
-                terms["student"]
-                + self.teacher_loss_weight * terms["teacher"]
-                + self.feature_weight * terms["feature"]
-                + self.logit_weight * terms["logit"]
-            )
+        readout = self.student.readout(trace.hidden[-1], trace.condition)
+        if self.teacher is None or alias is None:
+            loss = token_losses(targets, readout)[0]
+            return {"student": loss, "loss": loss}
+        taught = self.teacher(self.student, trace, labels, inputs, alias, keep)
+        terms = dict(zip(("student", "teacher", "logit"), token_losses(targets, readout, taught.readout), strict=True))
+        n = self.feature_blocks
+        terms["feature"] = feature_loss(trace.hidden[-n:], taught.hidden[-n:])
+        terms["loss"] = (
+            terms["student"]
+            + self.teacher_loss_weight * terms["teacher"]
+            + self.feature_weight * terms["feature"]
+            + self.logit_weight * terms["logit"]
+        )
         return terms
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:

@@ -5,12 +5,23 @@ Legend: B batch, L tokens, C width, H heads, D = C / H.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), of which only the tensors among `args` are kept for the backward pass, which calls it again."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm of tokens (B, L, C) with the scale (less 1) and shift (B, 1, C) of their sample."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (scale + 1) + shift
 
 
 class KVCache:
@@ -132,7 +143,6 @@ class AdaLNBlock(nn.Module):
         super().__init__()
         self.attn = SelfAttention(width, heads, l2_norm)
         self.ffn = FFN(width, hidden)
-        self.ln_wo_grad = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.drop_path_rate = drop_path_rate
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5) if shared_aln else None
         self.ada_lin = None if shared_aln else nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -187,12 +197,12 @@ class AdaLNBlock(nn.Module):
     def attend(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         """The attention branch."""
         gain, _, scale, _, shift, _ = modulation[:, :, None].unbind(1)
-        return x + attention(self.ln_wo_grad(x) * (scale + 1) + shift) * gain
+        return x + attention(modulated_norm(x, scale, shift)) * gain
 
     def feed(self, x: Tensor, modulation: Tensor) -> Tensor:
         """The feed-forward branch."""
         _, gain, _, scale, _, shift = modulation[:, :, None].unbind(1)
-        return x + self.ffn(self.ln_wo_grad(x) * (scale + 1) + shift) * gain
+        return x + self.ffn(modulated_norm(x, scale, shift)) * gain
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -200,10 +210,13 @@ class AdaLNBeforeHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.ln_wo_grad = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (B, 1, C) each, from (B, C)."""
+        scale, shift = rearrange(self.ada_lin(condition), "b (two c) -> two b 1 c", two=2)
+        return scale, shift
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, L, C), (B, C) -> (B, L, C)."""
-        scale, shift = rearrange(self.ada_lin(condition), "b (two c) -> two b 1 c", two=2)
-        return self.ln_wo_grad(x) * (scale + 1) + shift
+        return modulated_norm(x, *self.modulation(condition))

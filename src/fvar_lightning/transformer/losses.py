@@ -1,18 +1,57 @@
-"""The terms of stage 2 (paper section 3.6, eq. 12).
+"""The terms of stage 2 (paper section 3.6, eq. 12), without ever holding all logits.
 
-Legend: B batch, L tokens of all scales, C width, V codebook.
+Legend: B batch, L tokens of all scales, l tokens of a chunk, C width, V codebook.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fvar_lightning.transformer.layers import recomputed
+from fvar_lightning.transformer.var import Readout
 
-def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, L, V) against tokens (B, L), the mean over tokens."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+CHUNK, MOST_CHUNKS = 1024, 16
+"""Logits exist of so many tokens at a time, or of more where that would make more chunks. On CPUs 256 to 1024 are
+fastest; on GPUs many small ones cost more in launches than they save in memory."""
+
+
+def token_losses(targets: Tensor, *networks: Readout) -> Tensor:
+    """Cross-entropies, and the divergence of two networks, of tokens predicted from hidden states.
+
+    Logits are made chunk by chunk, and once more in the backward pass; nothing of size B L V is ever held.
+
+    Args:
+        targets: (B, L) tokens.
+        networks: the student, or the student and the teacher.
+
+    Returns:
+        Means over tokens, in float32 or better. One of the student's cross-entropy; or three of the student's, the
+        teacher's, and KL(teacher || student), which reaches the student only.
+    """
+    batch, length = targets.shape
+    size = max(CHUNK // batch, math.ceil(length / MOST_CHUNKS), 1)
+    chunks = zip(targets.split(size, dim=1), *(network.split(size) for network in networks), strict=True)
+    sums = [
+        recomputed(_chunk_sums, tokens, *(x for readout in readouts for x in readout)) for tokens, *readouts in chunks
+    ]
+    return torch.stack(sums).sum(0) / targets.numel()
+
+
+def _chunk_sums(targets: Tensor, *tensors: Tensor) -> Tensor:
+    """The sums over a chunk; the tensors of its readouts one by one, as checkpointing takes them."""
+    width = len(Readout._fields)
+    tokens, log_probs = targets.flatten(), []
+    for i in range(0, len(tensors), width):
+        logits = Readout(*tensors[i : i + width]).logits().flatten(0, 1)
+        log_probs.append(logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)))
+    sums = [F.nll_loss(x, tokens, reduction="sum") for x in log_probs]
+    if len(log_probs) == 2:
+        student, teacher = log_probs
+        sums.append(F.kl_div(student, teacher.detach(), reduction="sum", log_target=True))
+    return torch.stack(sums)
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -22,10 +61,3 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     """
     pairs = zip(student, teacher, strict=True)
     return torch.stack([F.mse_loss(s, t.detach()) for s, t in pairs]).mean()
-
-
-def logit_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of logits (B, L, V), the mean over tokens; reaches the student only."""
-    p = teacher.detach().flatten(0, 1).float().log_softmax(-1)
-    q = student.flatten(0, 1).float().log_softmax(-1)
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)

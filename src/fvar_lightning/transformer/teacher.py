@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.transformer.layers import AdaLNBlock
-from fvar_lightning.transformer.var import VAR, Trace
+from fvar_lightning.transformer.var import VAR, Readout, Trace
 
 
 class TeacherOutput(NamedTuple):
     """What the student is to imitate."""
 
-    logits: Tensor
-    """(B, L, V)."""
     hidden: list[Tensor]
     """Outputs of the alias-gated blocks, one (B, L, C) for each."""
+    readout: Readout
+    """What makes logits of the last of them."""
 
 
 class AliasGatedCrossAttention(nn.Module):
@@ -187,4 +187,4 @@ class HighFrequencyTeacher(nn.Module):
                 scales=self.alias_scales,
             )
             hidden.append(x)
-        return TeacherOutput(network.logits(x, condition), hidden)
+        return TeacherOutput(hidden, network.readout(x, condition))

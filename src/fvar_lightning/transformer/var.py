@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from fvar_lightning.schedule import VAR_PATCH_NUMS, FocusSchedule
-from fvar_lightning.transformer.layers import AdaLNBeforeHead, AdaLNBlock, KVCache
+from fvar_lightning.transformer.layers import AdaLNBeforeHead, AdaLNBlock, KVCache, modulated_norm
 
 
 class Condition(NamedTuple):
@@ -25,13 +26,34 @@ class Condition(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A teacher-forced pass with everything a teacher reads from it."""
+    """A teacher-forced pass up to the logits."""
 
-    logits: Tensor
-    """(B, L, V)."""
     hidden: list[Tensor]
     """depth + 1 tensors (B, L, C): the embedded input, then the output of every block."""
     condition: Condition
+
+
+class Readout(NamedTuple):
+    """Hidden states and all that makes logits of them, so that they can be made piece by piece."""
+
+    hidden: Tensor
+    """(B, l, C), output of the last block."""
+    scale: Tensor
+    """(B, 1, C), of the norm before the classifier."""
+    shift: Tensor
+    """(B, 1, C)."""
+    weight: Tensor
+    """(V, C), the classifier's."""
+    bias: Tensor
+    """(V,)."""
+
+    def logits(self) -> Tensor:
+        """(B, l, V)."""
+        return F.linear(modulated_norm(self.hidden, self.scale, self.shift), self.weight, self.bias)
+
+    def split(self, size: int) -> list["Readout"]:
+        """Pieces of `size` tokens a sample."""
+        return [self._replace(hidden=piece) for piece in self.hidden.split(size, dim=1)]
 
 
 class VAR(nn.Module):
@@ -162,9 +184,14 @@ class VAR(nn.Module):
             + self.positions()
         )
 
+    def readout(self, hidden: Tensor, condition: Condition) -> Readout:
+        """What makes logits of the output of the last block, (B, l, C)."""
+        scale, shift = self.head_nm.modulation(condition.embedding)
+        return Readout(hidden, scale, shift, self.head.weight, self.head.bias)
+
     def logits(self, hidden: Tensor, condition: Condition) -> Tensor:
         """(B, l, C) output of the last block -> (B, l, V)."""
-        return self.head(self.head_nm(hidden, condition.embedding))
+        return self.readout(hidden, condition).logits()
 
     def keep_masks(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Stochastic depth of one training step, drawn outside the blocks: (depth, B, 2).
@@ -189,10 +216,9 @@ class VAR(nn.Module):
         return hidden
 
     def trace(self, labels: Tensor, inputs: Tensor, keep: Tensor | None = None) -> Trace:
-        """`forward` with everything a teacher reads from the pass."""
+        """`forward` up to the logits, with everything a teacher reads from the pass."""
         condition = self.condition(labels)
-        hidden = self.run(self.embed(condition, inputs), condition, keep)
-        return Trace(self.logits(hidden[-1], condition), hidden, condition)
+        return Trace(self.run(self.embed(condition, inputs), condition, keep), condition)
 
     def forward(self, labels: Tensor, inputs: Tensor, keep: Tensor | None = None) -> Tensor:
         """Teacher-forced logits.
@@ -205,7 +231,8 @@ class VAR(nn.Module):
         Returns:
             (B, L, V).
         """
-        return self.trace(labels, inputs, keep).logits
+        trace = self.trace(labels, inputs, keep)
+        return self.logits(trace.hidden[-1], trace.condition)
 
     def modulations(self, condition: Condition) -> list[Tensor]:
         """AdaLN modulations of every block, (B, 6, C) each: computed once per sample, read at every scale."""
