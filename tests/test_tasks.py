@@ -251,20 +251,22 @@ def gradients(task: FVARTask, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("trunk", ["shared", "separate"])
 def test_student_gradients_without_teacher_are_plain_vars(trained: dict[str, Path], trunk: str) -> None:
-    """With distillation and teacher weights at zero: bit for bit, also where the teacher's pass is made."""
-    task = make_task(trained, trunk=trunk).train()
+    """With distillation and teacher weights at zero, also where the teacher's pass is made; compared in float64, since
+    the losses sum in chunks."""
+    task = make_task(trained, trunk=trunk).train().double()
     batch = make_tokens(task)
     plain = copy.deepcopy(task.student).train()
     generator = batch_generator(torch.device("cpu"), 5)
     dropped = torch.rand(4, generator=generator) < 0.1
     keep = plain.keep_masks(4, generator)
-    logits = plain(torch.where(dropped, 2, batch.labels), task.vae.var_inputs(batch.structure), keep)
+    inputs = task.vae.var_inputs(batch.structure)
+    logits = plain(torch.where(dropped, 2, batch.labels), inputs, keep)
     F.cross_entropy(logits.flatten(0, 1), torch.cat(batch.structure, 1).flatten()).backward()
     for name in ("teacher_loss_weight", "feature_weight", "logit_weight"):
         setattr(task, name, 0.0)
     found = gradients(task, task.losses(batch, batch_generator(torch.device("cpu"), 5))["loss"])
     for name, p in plain.named_parameters():
-        assert torch.equal(found[name], p.grad), name
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("trunk", ["shared", "separate"])
