@@ -16,7 +16,7 @@ from fvar_lightning.schedule import FocusSchedule
 def batch_generator(device: torch.device, *key: int) -> torch.Generator:
     """A generator that depends on the key alone (seed, epoch, batch, rank, ...): a resumed run draws what an
     undisturbed one would."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
     return torch.Generator(device).manual_seed(seed)
 
 
