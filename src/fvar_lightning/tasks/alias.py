@@ -8,7 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import SignalToNoise
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tasks.stage1 import NOT_KEPT, Stage1Task, default_optimizer
+from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
 
@@ -71,7 +71,7 @@ class AliasTokenizerTask(Stage1Task):
             lr_final=lr_final,
             seed=0,
         )
-        self.save_hyperparameters(ignore=NOT_KEPT)
+        self.save_hyperparameters(ignore=["optimizer"])
         self.hparams["schedule"] = asdict(schedule)
         self.snr = SignalToNoise(self.scales)
 

@@ -15,6 +15,7 @@ from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.modules import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
+from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import (
     batch_generator,
@@ -24,23 +25,12 @@ from fvar_lightning.tasks.training import (
     warmup_linear,
 )
 from fvar_lightning.tokenizer.alias import AliasTokenizer
-from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, token_losses
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.checkpoints import load_initial_weights, load_tokenizer
-from fvar_lightning.weights.describe import build, describe, differences
-
-
-def _tokenizer(source: str | dict[str, Any]) -> Tokenizer:
-    """From a checkpoint, or from a description, frozen."""
-    if isinstance(source, str):
-        return load_tokenizer(source)
-    tokenizer = build(source)
-    if isinstance(tokenizer, VAR):
-        raise ValueError("a tokenizer is described as a transformer")
-    return tokenizer.requires_grad_(False).eval()
+from fvar_lightning.weights.checkpoints import load_initial_weights
+from fvar_lightning.weights.describe import describe, differences
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -79,8 +69,9 @@ class FVARTask(LightningModule):
             tokenizer (needs targets ``view``).
         initial_weights: start the student from these: official VAR's file, a checkpoint of this task or a pretrained
             folder; class embeddings are new where the number of classes differs.
-        num_classes: from the data module.
-        class_names: from the data module.
+        num_classes: None: those of the trainer's data module, whose schedule the tokenizers then serve too (see
+            `at_schedule`); student and teacher are built when the trainer asks for them (`configure_model`).
+        class_names: the data module's where left out.
         depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm: of the student, see `VAR`.
         trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
         teacher_loss_weight: of the teacher's own cross-entropy.
@@ -103,7 +94,7 @@ class FVARTask(LightningModule):
         structure_tokenizer: str | dict[str, Any],
         alias_tokenizer: str | dict[str, Any] | None = None,
         initial_weights: str | None = None,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         class_names: list[str] | None = None,
         depth: int = 16,
         width: int | None = None,
@@ -152,53 +143,41 @@ class FVARTask(LightningModule):
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
         self.lr_plan = lr_warmup, lr_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
-        vae = _tokenizer(structure_tokenizer)
-        if not isinstance(vae, VQVAE):
-            raise ValueError(f"structure_tokenizer {structure_tokenizer!r} holds an alias tokenizer")
-        self.vae = vae
-        self.alias_tokenizer = self._load_alias(alias_tokenizer)
-        # a checkpoint stands alone: it holds these weights
+        self.initial_weights = initial_weights
+        self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
+        vae, alias = frozen_tokenizers(structure_tokenizer, alias_tokenizer)
+        self._take_tokenizers(vae, alias)
+        if num_classes is not None:
+            self._build()
+
+    student: VAR
+    teacher: HighFrequencyTeacher | None
+
+    def _take_tokenizers(self, vae: VQVAE, alias: AliasTokenizer | None) -> None:
+        """A checkpoint stands alone: their descriptions take the place of their files."""
+        self.vae, self.alias_tokenizer = vae, alias
         self.hparams["structure_tokenizer"] = describe(vae)
-        self.hparams["alias_tokenizer"] = None if self.alias_tokenizer is None else describe(self.alias_tokenizer)
-        self.hparams["initial_weights"] = None
+        self.hparams["alias_tokenizer"] = None if alias is None else describe(alias)
+
+    def _build(self) -> None:
+        """Student and teacher, for the tokenizers' schedule."""
+        sizes = ("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm")
         self.student = VAR(
-            vae.schedule.patch_nums,
-            vocab_size=vae.vocab_size,
-            z_channels=vae.z_channels,
-            num_classes=num_classes,
-            depth=depth,
-            width=width,
-            heads=heads,
-            drop_path_rate=drop_path_rate,
-            shared_aln=shared_aln,
-            attn_l2_norm=attn_l2_norm,
+            self.vae.schedule.patch_nums,
+            vocab_size=self.vae.vocab_size,
+            z_channels=self.vae.z_channels,
+            **{name: self.hparams[name] for name in sizes},
         )
-        if initial_weights is not None:
-            load_initial_weights(self.student, initial_weights)
-        self.teacher: HighFrequencyTeacher | None = None
-        if teacher_loss_weight > 0:
+        if self.initial_weights is not None:
+            load_initial_weights(self.student, self.initial_weights)
+        self.teacher = None
+        if self.teacher_loss_weight > 0:
+            options = ("alias_blocks", "alias_scales", "alias_context", "trunk")
             self.teacher = HighFrequencyTeacher(
                 self.student,
                 alias_channels=self._alias_source.z_channels,
-                alias_blocks=alias_blocks,
-                alias_scales=alias_scales,
-                alias_context=alias_context,
-                trunk=trunk,
+                **{name: self.hparams[name] for name in options},
             )
-
-    def _load_alias(self, source: str | dict[str, Any] | None) -> AliasTokenizer | None:
-        if source is None:
-            return None
-        tokenizer = _tokenizer(source)
-        if not isinstance(tokenizer, AliasTokenizer):
-            raise ValueError(f"alias_tokenizer {source!r} holds a structure tokenizer")
-        for name in ("schedule", "psf"):
-            ours, theirs = getattr(self.vae, name), getattr(tokenizer, name)
-            if ours not in (theirs, None):
-                raise ValueError(
-                    f"{name} of the two tokenizers must be equal: structure_tokenizer {ours}, alias_tokenizer {theirs}"
-                )
-        return tokenizer
 
     @property
     def _alias_source(self) -> AliasTokenizer | VQVAE:
@@ -206,14 +185,39 @@ class FVARTask(LightningModule):
         return self.vae if self.alias_tokenizer is None else self.alias_tokenizer
 
     def configure_model(self) -> None:
-        """Shard student and teacher where the strategy is FSDP2 (`ModelParallelStrategy`)."""
+        """Build student and teacher if the data module was to tell their classes; shard them where the strategy is
+        FSDP2 (`ModelParallelStrategy`)."""
+        self._follow_data()
+        if not hasattr(self, "student"):
+            self._build()
         if self.device_mesh is not None:
             shard(self.student, self.teacher, self.device_mesh["data_parallel"])
 
+    def _follow_data(self) -> None:
+        """Take schedule and classes from the trainer's data module, unless the classes are known.
+
+        Raises:
+            ValueError: if there is no data module that knows its classes.
+        """
+        if self.num_classes is not None:
+            return
+        trainer = self._trainer
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        if trainer is None or names is None:
+            raise ValueError("num_classes must be given where no data module tells the classes, got None")
+        self._take_tokenizers(*at_data_schedule(self.vae, self.alias_tokenizer, trainer))
+        self.hparams["num_classes"] = len(names)
+        self.hparams["class_names"] = self.hparams["class_names"] or list(names)
+
     def setup(self, stage: str) -> None:
-        """Refuse a data module of other views, or of other tokens."""
+        """Refuse a data module of other views, classes or tokens."""
+        self._follow_data()
         check_views(self, self.vae.schedule, self._alias_source.psf)
         data = getattr(self.trainer, "datamodule", None)
+        # images to generate need no images, and so nobody to list them
+        asks_for_samples = stage == "predict" and getattr(data, "predict", "samples") == "samples"
+        if not asks_for_samples and (classes := getattr(data, "num_classes", None)) not in (None, self.num_classes):
+            raise ValueError(f"num_classes must be the data module's {classes}, got {self.num_classes}")
         if isinstance(data, TokenDataModule):
             self._check_tokens(data.train.meta)
 
@@ -339,13 +343,18 @@ class FVARTask(LightningModule):
             patch_nums=self.vae.schedule.patch_nums,
             class_names=self.class_names,
             structure_vocab=self.vae.vocab_size,
-            alias_vocab=self._alias_source.vocab_size if self.teacher is not None else 0,
+            alias_vocab=self._alias_source.vocab_size if self.hparams["teacher_loss_weight"] else 0,
         )
 
     @property
     def class_names(self) -> list[str]:
         """Name of every label; its number where there is none."""
-        return self.hparams["class_names"] or [str(label) for label in range(self.student.num_classes)]
+        return self.hparams["class_names"] or [str(label) for label in range(self.num_classes or 0)]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels; None until the data module has told."""
+        return self.hparams["num_classes"]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with a learning rate that warms up and then falls linearly."""

@@ -25,9 +25,6 @@ from fvar_lightning.tokenizer.losses import pixel_loss
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
 from fvar_lightning.weights.describe import describe
 
-NOT_KEPT = ["optimizer", "num_classes", "class_names"]
-"""Arguments that are no hyper-parameters; the classes the command line offers every task, and would keep here."""
-
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
     """AdamW as tokenizers are usually trained."""

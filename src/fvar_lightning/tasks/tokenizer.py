@@ -12,7 +12,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tasks.stage1 import NOT_KEPT, Stage1Task, default_optimizer
+from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
 from fvar_lightning.tokenizer.losses import (
     TEXTURE_WINDOW,
     Discriminator,
@@ -135,7 +135,7 @@ class TokenizerTask(Stage1Task):
             lr_final=lr_final,
             seed=seed,
         )
-        self.save_hyperparameters(ignore=NOT_KEPT)
+        self.save_hyperparameters(ignore=["optimizer"])
         self.hparams["schedule"] = asdict(schedule)
         self.perceptual_weight, self.texture_weight = perceptual_weight, texture_weight
         self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
