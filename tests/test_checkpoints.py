@@ -327,7 +327,7 @@ def test_load_tokenizer_takes_training_checkpoints_and_pretrained_folders(tmp_pa
         other = FocusSchedule(SIDES, patch_size=SCHEDULE.patch_size, focus_states=1)
         assert load_tokenizer(path, schedule=other).schedule == other
         with pytest.raises(ValueError, match="patch_size of the schedule must be the tokenizer's"):
-            load_tokenizer(path, schedule=FocusSchedule(SIDES, patch_size=2 * SCHEDULE.patch_size))
+            load_tokenizer(path, schedule=FocusSchedule(SIDES, patch_size=8, focus_states=2))
     torch.save({"state_dict": state}, tmp_path / "tokenizer.ckpt")
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "tokenizer.ckpt")
