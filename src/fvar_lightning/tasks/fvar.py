@@ -29,6 +29,7 @@ from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, token_losses
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.averages import state_of
 from fvar_lightning.weights.checkpoints import load_initial_weights
 from fvar_lightning.weights.describe import describe, differences
 
@@ -231,6 +232,9 @@ class FVARTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files."""
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
+        # averaging what never changes moves it by rounding errors, which add up over a run
+        frozen = {n: x for n, x in state_of(checkpoint, "raw").items() if n.startswith(("vae.", "alias_tokenizer."))}
+        checkpoint["state_dict"].update(frozen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another student.
