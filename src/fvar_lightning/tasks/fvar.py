@@ -81,7 +81,7 @@ class FVARTask(LightningModule):
             folder; class embeddings are new where the number of classes differs.
         num_classes: from the data module.
         class_names: from the data module.
-        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm: of the student, see `VAR`.
+        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm, recompute: of the student, see `VAR`.
         trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
         teacher_loss_weight: of the teacher's own cross-entropy.
         feature_weight: of the feature distillation (lambda_feat).
@@ -111,6 +111,7 @@ class FVARTask(LightningModule):
         drop_path_rate: float | None = None,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
+        recompute: bool = False,
         trunk: Literal["shared", "separate"] = "shared",
         alias_blocks: int = 2,
         alias_scales: int | None = None,
@@ -172,6 +173,7 @@ class FVARTask(LightningModule):
             drop_path_rate=drop_path_rate,
             shared_aln=shared_aln,
             attn_l2_norm=attn_l2_norm,
+            recompute=recompute,
         )
         if initial_weights is not None:
             load_initial_weights(self.student, initial_weights)

@@ -5,18 +5,14 @@ Legend: B batch, L tokens, C width, H heads, D = C / H.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-
-def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), of which only the tensors among `args` are kept for the backward pass, which calls it again."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+from fvar_lightning.activations import recomputed
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -176,7 +172,15 @@ class AdaLNBlock(nn.Module):
         gains, others = modulation.split([2, 4], dim=1)
         return torch.cat((gains * keep[..., None].to(gains.dtype), others), dim=1)
 
-    def forward(self, x: Tensor, condition: Tensor, slices: Sequence[slice], keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        slices: Sequence[slice],
+        keep: Tensor | None = None,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
         """A teacher-forced pass: (B, L, C) -> (B, L, C).
 
         Args:
@@ -184,7 +188,10 @@ class AdaLNBlock(nn.Module):
             condition: as `modulation` takes it.
             slices: where every scale's tokens lie.
             keep: as `modulation` takes it.
+            recompute: keep only the arguments for the backward pass.
         """
+        if recompute:
+            return recomputed(self.forward, x, condition, slices, keep)
         modulation = self.modulation(condition, keep)
         x = self.attend(x, modulation, lambda h: self.attn(h, slices))
         return self.feed(x, modulation)
