@@ -1,16 +1,23 @@
 """What a forward pass keeps for its backward pass: how to keep less, and how to count it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Result = TypeVar("Result")
 
-def recomputed(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """function(*args, **kwargs), of which only the tensors among `args` are kept for the backward pass, which calls it
-    again, up to the last tensor it needs. It must draw no random numbers."""
+
+def recomputed(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """function(*args, **kwargs), of which only the tensors among `args` are kept for the backward pass.
+
+    That pass calls it again, up to the last tensor it needs: a linear layer at the end does not run twice. The function
+    must draw no random numbers.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

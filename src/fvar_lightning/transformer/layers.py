@@ -53,15 +53,24 @@ class KVCache:
                 self._storage[block] = pair[0][:batch].clone(), pair[1][:batch].clone()
 
 
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, slices: Sequence[slice], scale: float) -> Tensor:
-    """Every scale reads itself and the scales before it: (B, H, L, D) each -> (B, H, L, D).
+def normalised(q: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, H, L, D) of cosine attention, from temperatures (1, H, 1, 1) too; float32 under autocast."""
+    return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+
+
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, slices: Sequence[slice], scale: float) -> list[Tensor]:
+    """Every scale reads itself and the scales before it: (B, H, L, D) each -> (B, H, l, D) of every scale.
 
     One call per scale without a mask is exact, lets fused kernels run, and needs no (L, L) tensor.
     """
-    outputs = [
+    return [
         F.scaled_dot_product_attention(q[:, :, s], k[:, :, : s.stop], v[:, :, : s.stop], scale=scale) for s in slices
     ]
-    return torch.cat(outputs, dim=2)
+
+
+def merged(heads: Sequence[Tensor]) -> Tensor:
+    """What heads read for every scale, (B, H, l, D) each -> tokens (B, L, C)."""
+    return torch.cat([rearrange(x, "b h l d -> b l (h d)") for x in heads], dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -87,7 +96,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, slices: Sequence[slice]) -> Tensor:
         """Tokens of all scales, (B, L, C) -> (B, L, C); every scale reads itself and the scales before it."""
         q, k, v = self._qkv(x)
-        return self._projected(block_causal_attention(q, k, v, slices, self.scale))
+        return recomputed(self._projected, *block_causal_attention(q, k, v, slices, self.scale))
 
     def step(self, x: Tensor, cache: KVCache, block: int) -> Tensor:
         """Tokens of the next scale, (B, l, C) -> (B, l, C); they read everything block `block` has cached."""
@@ -100,13 +109,11 @@ class SelfAttention(nn.Module):
         qkv = F.linear(x, self.mat_qkv.weight, bias)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
         if self.l2_norm:
-            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(self.MAX_SCALE).exp()
-            k = F.normalize(k, dim=-1)
-        # autocast normalises in float32
+            q, k = recomputed(normalised, q, k, self.scale_mul_1H11.clamp_max(self.MAX_SCALE).exp())
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def _projected(self, heads: Tensor) -> Tensor:
-        return self.proj(rearrange(heads, "b h l d -> b l (h d)"))
+    def _projected(self, *heads: Tensor) -> Tensor:
+        return self.proj(merged(heads))
 
 
 class FFN(nn.Module):
@@ -118,7 +125,10 @@ class FFN(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return recomputed(self._contract, self.fc1(x))
+
+    def _contract(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(x, approximate="tanh"))
 
 
 class AdaLNBlock(nn.Module):
@@ -204,12 +214,12 @@ class AdaLNBlock(nn.Module):
     def attend(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         """The attention branch."""
         gain, _, scale, _, shift, _ = modulation[:, :, None].unbind(1)
-        return x + attention(modulated_norm(x, scale, shift)) * gain
+        return x + attention(recomputed(modulated_norm, x, scale, shift)) * gain
 
     def feed(self, x: Tensor, modulation: Tensor) -> Tensor:
         """The feed-forward branch."""
         _, gain, _, scale, _, shift = modulation[:, :, None].unbind(1)
-        return x + self.ffn(modulated_norm(x, scale, shift)) * gain
+        return x + self.ffn(recomputed(modulated_norm, x, scale, shift)) * gain
 
 
 class AdaLNBeforeHead(nn.Module):

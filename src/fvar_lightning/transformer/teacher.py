@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fvar_lightning.activations import recomputed
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.transformer.layers import AdaLNBlock
+from fvar_lightning.transformer.layers import AdaLNBlock, merged
 from fvar_lightning.transformer.var import VAR, Readout, Trace
 
 
@@ -62,7 +62,7 @@ class AliasGatedCrossAttention(nn.Module):
             seen = slice(0 if causal else s.start, s.stop)
             read.append(F.scaled_dot_product_attention(q[:, :, s], k[:, :, seen], v[:, :, seen]))
         first = reading[0].start
-        cross = self.proj(rearrange(torch.cat(read, dim=2), "b h l d -> b l (h d)"))
+        cross = self.proj(merged(read))
         alpha = torch.sigmoid(self.gate(torch.cat((h[:, first:], cross), dim=-1)))
         return torch.cat((x[:, :first], x[:, first:] + alpha * cross), dim=1)
 
