@@ -18,11 +18,11 @@ from fvar_lightning.generation.sampling import generate, generate_stages
 from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import (
+    WarmupLinear,
     batch_generator,
     check_views,
     parameter_groups,
     training_steps,
-    warmup_linear,
 )
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
@@ -73,7 +73,8 @@ class FVARTask(LightningModule):
         num_classes: None: those of the trainer's data module, whose schedule the tokenizers then serve too (see
             `at_schedule`); student and teacher are built when the trainer asks for them (`configure_model`).
         class_names: the data module's where left out.
-        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm: of the student, see `VAR`.
+        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm, initial_gain, recompute: of the
+            student, see `VAR`.
         trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
         teacher_loss_weight: of the teacher's own cross-entropy.
         feature_weight: of the feature distillation (lambda_feat).
@@ -83,7 +84,10 @@ class FVARTask(LightningModule):
         guidance, top_k, top_p: of `generate`, for prediction.
         optimizer: of student and teacher.
         lr_warmup: part of the run during which the learning rate rises.
+        lr_hold: part of the rest during which it stays at its peak.
         lr_final: learning rate at the end over its peak.
+        weight_decay_final: weight decay at the end, to which the optimiser's changes by half a cosine; ``None``: none
+            of it changes.
         seed: of label dropout and stochastic depth.
 
     Raises:
@@ -103,6 +107,8 @@ class FVARTask(LightningModule):
         drop_path_rate: float | None = None,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
+        initial_gain: float = 1e-5,
+        recompute: bool = False,
         trunk: Literal["shared", "separate"] = "shared",
         alias_blocks: int = 2,
         alias_scales: int | None = None,
@@ -117,7 +123,9 @@ class FVARTask(LightningModule):
         top_p: float = 0.96,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup: float = 0.02,
+        lr_hold: float = 0.0,
         lr_final: float = 0.1,
+        weight_decay_final: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -138,11 +146,15 @@ class FVARTask(LightningModule):
             raise ValueError(f"feature_blocks must lie in 1..{alias_blocks} (alias_blocks), got {feature_blocks}")
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
+        if not 0 <= lr_hold <= 1:
+            raise ValueError(f"lr_hold must lie in [0, 1], got {lr_hold}")
+        if weight_decay_final is not None and weight_decay_final < 0:
+            raise ValueError(f"weight_decay_final must not be negative, got {weight_decay_final}")
         self.save_hyperparameters(ignore=["optimizer"])
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
-        self.lr_plan = lr_warmup, lr_final
+        self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
         self.initial_weights = initial_weights
         self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
@@ -162,7 +174,10 @@ class FVARTask(LightningModule):
 
     def _build(self) -> None:
         """Student and teacher, for the tokenizers' schedule."""
-        sizes = ("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm")
+        sizes = (
+            *("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm"),
+            *("initial_gain", "recompute"),
+        )
         self.student = VAR(
             self.vae.schedule.patch_nums,
             vocab_size=self.vae.vocab_size,
@@ -361,9 +376,9 @@ class FVARTask(LightningModule):
         return self.hparams["num_classes"]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser with a learning rate that warms up and then falls linearly."""
+        """The optimiser with a learning rate that warms up and then falls linearly, and with its weight decay."""
         modules = [m for m in (self.student, self.teacher) if m is not None]
         optimizer = self.optimizer_factory(parameter_groups(modules))
         steps = training_steps(self.trainer)
-        scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
+        scheduler = WarmupLinear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
