@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
@@ -60,24 +61,34 @@ def at_data_schedule(vae: VQVAE, alias: AliasTokenizer | None, trainer: Trainer)
     were trained on. (At the same size a difference is an oversight, and refused later.)
 
     Raises:
-        ValueError: if the patch sizes differ, or the data module has no images for the alias tokenizer.
+        ValueError: if the patch sizes differ, or the data module tells nothing of the alias residuals.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
-    schedule = getattr(data, "schedule", vae.schedule)
-    if schedule.image_size == vae.schedule.image_size:
+    schedule = data.train.meta.schedule if isinstance(data, TokenDataModule) else getattr(data, "schedule", None)
+    if schedule is None or schedule.image_size == vae.schedule.image_size:
         return vae, alias
     for name, tokenizer in (("structure_tokenizer", vae), ("alias_tokenizer", alias)):
         if tokenizer is not None:
             rank_zero_info(f"{name} was trained for {tokenizer.schedule}; it serves {schedule}")
-    vae = at_schedule(vae, schedule)
     if alias is not None:
         alias = at_schedule(alias, schedule)
-        if not isinstance(data, ImageDataModule):
-            raise ValueError(f"alias_tokenizer at another schedule needs an ImageDataModule, got {type(data).__name__}")
-        if trainer.is_global_zero:
-            alias.measure(_residuals(data, trainer.strategy.root_device))
-        alias.variance, alias.batches = trainer.strategy.broadcast((alias.variance, alias.batches))
-    return vae, alias
+        alias.set_deviations(_deviations(alias, trainer))
+    return at_schedule(vae, schedule), alias
+
+
+def _deviations(alias: AliasTokenizer, trainer: Trainer) -> list[float]:
+    """Of the residuals of the trainer's data module: as its token cache notes them, or measured by one rank for all."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, TokenDataModule) and data.train.meta.alias_deviations is not None:
+        return data.train.meta.alias_deviations
+    if not isinstance(data, ImageDataModule):
+        raise ValueError(
+            "alias_tokenizer at another image size needs an ImageDataModule to measure residuals, or a token cache "
+            f"that notes them, got {type(data).__name__}"
+        )
+    if trainer.is_global_zero:
+        alias.measure(_residuals(data, trainer.strategy.root_device))
+    return trainer.strategy.broadcast(alias.deviations)
 
 
 def _residuals(data: ImageDataModule, device: torch.device) -> Iterator[list[Tensor]]:

@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
-from fvar_lightning.data.modules import TokenDataModule
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
 from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
 from fvar_lightning.tasks.sharding import gathered, shard
+from fvar_lightning.tasks.tokens import check_cache, hashes, identity
 from fvar_lightning.tasks.training import (
     WarmupLinear,
     batch_generator,
@@ -159,6 +160,9 @@ class FVARTask(LightningModule):
         self.initial_weights = initial_weights
         self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
         vae, alias = frozen_tokenizers(structure_tokenizer, alias_tokenizer)
+        # of files, before the trainer changes the precision; those of described tokenizers come with the checkpoint
+        described = isinstance(structure_tokenizer, dict) or isinstance(alias_tokenizer, dict)
+        self.tokenizers_sha256 = {} if described else hashes({"structure": vae, "alias": alias})
         self._take_tokenizers(vae, alias)
         if num_classes is not None:
             self._build()
@@ -226,7 +230,7 @@ class FVARTask(LightningModule):
         self.hparams["class_names"] = self.hparams["class_names"] or list(names)
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of other views, classes or tokens."""
+        """Refuse a data module of other views or classes."""
         self._follow_data()
         check_views(self, self.vae.schedule, self._alias_source.psf)
         data = getattr(self.trainer, "datamodule", None)
@@ -234,19 +238,12 @@ class FVARTask(LightningModule):
         asks_for_samples = stage == "predict" and getattr(data, "predict", "samples") == "samples"
         if not asks_for_samples and (classes := getattr(data, "num_classes", None)) not in (None, self.num_classes):
             raise ValueError(f"num_classes must be the data module's {classes}, got {self.num_classes}")
-        if isinstance(data, TokenDataModule):
-            self._check_tokens(data.train.meta)
-
-    def _check_tokens(self, meta: TokenMeta) -> None:
-        own = self.token_meta()
-        for name in ("patch_nums", "structure_vocab", "alias_vocab"):
-            cached, wanted = getattr(meta, name), getattr(own, name)
-            if cached != wanted and not (name == "alias_vocab" and wanted == 0):
-                raise ValueError(f"{name} of the token cache must be the tokenizers' {wanted}, got {cached}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files."""
+        """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files; and which
+        tokenizers these are."""
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
+        checkpoint["tokenizers_sha256"] = self.tokenizers_sha256
         # averaging what never changes moves it by rounding errors, which add up over a run
         frozen = {n: x for n, x in state_of(checkpoint, "raw").items() if n.startswith(("vae.", "alias_tokenizer."))}
         checkpoint["state_dict"].update(frozen)
@@ -260,15 +257,20 @@ class FVARTask(LightningModule):
         sizes = {name: x for name, x in describe(self.student).items() if name != "drop_path_rate"}
         if differing := differences(checkpoint.get("networks", {}).get("student", {}), sizes):
             raise ValueError(f"the checkpoint is of another student: {differing}")
+        self.tokenizers_sha256 = checkpoint.get("tokenizers_sha256", {})
 
-    def on_fit_start(self) -> None:
-        """Refuse tokenizers that are described but came with no checkpoint.
+    def _check_tokens(self) -> None:
+        """Refuse tokenizers without weights, and a cache of another's tokens: once weights are loaded.
 
         Raises:
-            ValueError: saying what is missing.
+            ValueError: saying what is missing, or what differs.
         """
-        if self.vae.codebook.warming_up:
-            raise ValueError("structure_tokenizer is a description without weights: give its checkpoint")
+        own = self.token_meta()
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TokenDataModule):
+            check_cache(data.train.cache, own)
+
+    on_train_start = on_validation_start = on_test_start = _check_tokens
 
     def train(self, mode: bool = True) -> "FVARTask":
         """Training mode, but never for the frozen tokenizers."""
@@ -357,12 +359,23 @@ class FVARTask(LightningModule):
         return self.tokens(batch)
 
     def token_meta(self) -> TokenMeta:
-        """What a cache of this task's tokens holds."""
+        """What this task's tokens are.
+
+        Raises:
+            ValueError: if the tokenizers are described but came with no checkpoint.
+        """
+        if self.vae.codebook.warming_up:
+            raise ValueError("structure_tokenizer is a description without weights: give its checkpoint")
+        known = self.tokenizers_sha256 = self.tokenizers_sha256 or hashes(
+            {"structure": self.vae, "alias": self.alias_tokenizer}
+        )
+        kind = "structure" if self.alias_tokenizer is None else "alias"
         return TokenMeta(
-            patch_nums=self.vae.schedule.patch_nums,
+            schedule=self.vae.schedule,
             class_names=self.class_names,
-            structure_vocab=self.vae.vocab_size,
-            alias_vocab=self._alias_source.vocab_size if self.hparams["teacher_loss_weight"] else 0,
+            structure=identity(self.vae, known["structure"]),
+            alias=None if self.teacher is None else identity(self._alias_source, known[kind]),
+            alias_deviations=self.alias_tokenizer.deviations if self.teacher and self.alias_tokenizer else None,
         )
 
     @property

@@ -146,7 +146,7 @@ class AliasTokenizer(nn.Module):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Sequence[Tensor]]) -> None:
-        """Set the standard deviations to those of the given residuals, as if they were the first batch of a training.
+        """Take the standard deviations of the given residuals.
 
         Args:
             batches: each A_s of the first n scales, (B, 3, pn_s p, pn_s p).
@@ -157,7 +157,17 @@ class AliasTokenizer(nn.Module):
             n = len(residuals)
             squares[:n] += torch.stack([a.double().square().sum() for a in residuals]).cpu()
             counts[:n] += torch.tensor([a.numel() for a in residuals])
-        self.variance.copy_(self.momentum * squares / counts.clamp_min(1))
+        self.set_deviations((squares / counts.clamp_min(1)).sqrt().tolist())
+
+    @property
+    def deviations(self) -> list[float]:
+        """Standard deviation of every scale's residual; 1 where there is none."""
+        return [self.std(scale).item() for scale in range(self.schedule.num_scales)]
+
+    @torch.no_grad()
+    def set_deviations(self, deviations: Sequence[float]) -> None:
+        """Take these standard deviations of all scales, as if of the first batch of a training."""
+        self.variance.copy_(self.momentum * torch.tensor(deviations, dtype=torch.float64).square())
         self.batches.fill_(1)
 
     def _code_map(self, indices: Tensor) -> Tensor:
