@@ -25,10 +25,12 @@ WHOLE = [name for name in ALL if {"data", "model"} <= set(small_configs.read(nam
 STUDENTS = [name for name in WHOLE if name.startswith("fvar_d")]
 QUICKSTART = ["quickstart/tokens.yaml", "quickstart/fvar.yaml"]
 OFFICIAL = "finetune/official_var.yaml"
-PLAIN = [name for name in WHOLE if name not in (*QUICKSTART, OFFICIAL)]
+CACHED = ["tokens_256.yaml", "data/imagenet256_tokens.yaml"]
+"""Run by test_imagenet.py, one after the other."""
+PLAIN = [name for name in WHOLE if name not in (*QUICKSTART, OFFICIAL, *CACHED)]
 BETWEEN = [f"fvar_d{depth}_256.yaml" for depth in (20, 24, 30)]
 """They differ from d12 and d16 in numbers alone."""
-DATA = [name for name in ALL if name.startswith("data/")]
+DATA = [name for name in ALL if name.startswith("data/") and name not in CACHED]
 EVALUATION = [name for name in ALL if name.startswith("evaluation/")]
 OVERRIDES = [name for name in ALL if name.startswith(("ablation/", "trainer/"))]
 BASE = "fvar_d12_256.yaml"
@@ -96,13 +98,14 @@ def test_override(name: str, image_folder: Path, tmp_path: Path) -> None:
 
 def test_quickstart_writes_a_cache_and_trains_from_it(image_folder: Path, tmp_path: Path) -> None:
     """Its two configurations of stage 2, with the tokenizers of its stage 1."""
-    names = QUICKSTART[0]
-    tokens = f"--trainer.callbacks.folder={tmp_path / 'tokens'}"
-    written = arguments([names], image_folder, tmp_path)
-    main(["predict", *written, "--data.predict=tokens", "--data.crops_per_image=1", tokens])
+    caches = tmp_path / "tokens"
+    written = arguments(QUICKSTART[:1], image_folder, tmp_path)
+    for part in ("train", "val"):
+        options = [f"--data.part={part}", "--data.crops_per_image=1", f"--trainer.callbacks.folder={caches / part}"]
+        main(["predict", *written, "--data.predict=tokens", *options])
     given = [option for option in written if option.startswith(("--model.", "--trainer."))]
-    trained = f"--config={FOLDER / QUICKSTART[1]}"
-    cli = main(["fit", trained, *given, f"--data.path={tmp_path / 'tokens'}", "--data.batch_size=2"])
+    given += [f"--data.path={caches / 'train'}", f"--data.val_path={caches / 'val'}", "--data.batch_size=2"]
+    cli = main(["fit", f"--config={FOLDER / QUICKSTART[1]}", *given])
     stepped(cli)
     assert cli.model.class_names == ["blue", "red"]
 
@@ -174,4 +177,4 @@ def test_sizes_are_those_of_the_name(name: str) -> None:
 
 def test_no_configuration_is_left_out() -> None:
     fragments = {"quickstart/data.yaml", "quickstart/student.yaml"}
-    assert set(ALL) == {*PLAIN, *QUICKSTART, OFFICIAL, *DATA, *OVERRIDES, *EVALUATION} | fragments
+    assert set(ALL) == {*PLAIN, *QUICKSTART, OFFICIAL, *CACHED, *DATA, *OVERRIDES, *EVALUATION} | fragments
