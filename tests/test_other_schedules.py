@@ -9,8 +9,10 @@ import torch
 from lightning import LightningDataModule, Trainer
 
 from evaluation_worker import LAYOUT, make_data, make_trainer, sgd, write_tokenizers
+from fvar_lightning.callbacks.tokens import TokenWriter
 from fvar_lightning.cli import main
 from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.frozen import MEASURED
@@ -117,6 +119,18 @@ def test_a_checkpoint_is_not_measured_again(
     monkeypatch.setattr(AliasTokenizer, "measure", lambda *_: pytest.fail("measured again"))
     loaded = FVARTask.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     make_trainer(tmp_path, [], logger=False).validate(loaded, larger_data(image_folder, batch_size=4), verbose=False)
+
+
+def test_a_token_cache_tells_what_was_measured(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    """So that a checkpoint of a run from the cache encodes images as they were encoded into it."""
+    data = larger_data(image_folder, batch_size=4, predict="tokens")
+    writing = FVARTask(*tokenizers, depth=2, width=32, heads=2, optimizer=sgd)
+    make_trainer(tmp_path, [TokenWriter(str(tmp_path / "tokens"))], logger=False).predict(writing, data)
+    training = FVARTask(*tokenizers, depth=2, width=32, heads=2, optimizer=sgd)
+    cached = TokenDataModule(str(tmp_path / "tokens"), batch_size=4, num_workers=0)
+    make_trainer(tmp_path, [], logger=False, max_steps=1).fit(training, cached)
+    assert training.vae.schedule == LARGER
+    assert training.alias_tokenizer.deviations == pytest.approx(writing.alias_tokenizer.deviations, rel=1e-6)
 
 
 def test_the_same_image_size_at_another_schedule_is_refused(tokenizers: list[str], image_folder: Path) -> None:
