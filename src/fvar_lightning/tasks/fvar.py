@@ -207,13 +207,13 @@ class FVARTask(LightningModule):
     def configure_model(self) -> None:
         """Build student and teacher if the data module was to tell their classes; shard them where the strategy is
         FSDP2 (`ModelParallelStrategy`)."""
-        self._follow_data()
+        self.follow_data()
         if not hasattr(self, "student"):
             self._build()
         if self.device_mesh is not None:
             shard(self.student, self.teacher, self.device_mesh["data_parallel"])
 
-    def _follow_data(self) -> None:
+    def follow_data(self) -> None:
         """Take schedule and classes from the trainer's data module, unless the classes are known.
 
         Raises:
@@ -231,7 +231,7 @@ class FVARTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a data module of other views or classes."""
-        self._follow_data()
+        self.follow_data()
         check_views(self, self.vae.schedule, self._alias_source.psf)
         data = getattr(self.trainer, "datamodule", None)
         # images to generate need no images, and so nobody to list them

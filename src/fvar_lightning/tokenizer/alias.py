@@ -155,7 +155,7 @@ class AliasTokenizer(nn.Module):
         counts = torch.zeros_like(squares)
         for residuals in batches:
             n = len(residuals)
-            squares[:n] += torch.stack([a.double().square().sum() for a in residuals]).cpu()
+            squares[:n] += torch.stack([exact(a).square().sum() for a in residuals]).cpu()
             counts[:n] += torch.tensor([a.numel() for a in residuals])
         self.set_deviations((squares / counts.clamp_min(1)).sqrt().tolist())
 
