@@ -5,6 +5,7 @@ Usage: distributed_worker.py TASK STRATEGY PRECISION OUTPUT [TOKENIZER ...]
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -24,16 +25,20 @@ TOTAL = 8
 
 
 class FixedImages(LightningDataModule):
-    """Eight fixed images: the first four to rank 0, the others to rank 1, or all to one process."""
+    """Eight fixed images: the first four to rank 0, the others to rank 1, or all to one process; in so many passes."""
 
     schedule = SCHEDULE
+
+    def __init__(self, passes: int = 1) -> None:
+        super().__init__()
+        self.passes = passes
 
     def train_dataloader(self) -> DataLoader:
         images = torch.rand(TOTAL, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
         data = list(zip(images, torch.arange(TOTAL) % 2, strict=True))
         share = TOTAL // self.trainer.world_size
         first = share * self.trainer.global_rank
-        return DataLoader(data, share, sampler=range(first, first + share))
+        return DataLoader(data, share // self.passes, sampler=range(first, first + share))
 
     def on_after_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> ImageBatch:
         images, labels = batch
@@ -46,7 +51,7 @@ def sgd(params: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1)
 
 
-def make_task(name: str, tokenizers: list[str]) -> LightningModule:
+def make_task(name: str, tokenizers: list[str], **options: Any) -> LightningModule:
     torch.manual_seed(0)
     if name == "fvar":
         losses.CHUNK = 16  # several of a batch
@@ -55,11 +60,10 @@ def make_task(name: str, tokenizers: list[str]) -> LightningModule:
         )
     shared = {"z_channels": 4, "ch": 8, "num_res_blocks": 1, "warmup_steps": 1, "revive_after": 1, "optimizer": sgd}
     if name == "alias":
-        return AliasTokenizerTask(SCHEDULE, vocab_size=8, l1_weight=0.2, **shared)
+        return AliasTokenizerTask(SCHEDULE, vocab_size=8, l1_weight=0.2, **shared | options)
+    quiet = {"noise": (0.0, 0.0), "scale_dropout": 0.0}
     # more codes than a step uses, so that idle ones are revived
-    return TokenizerTask(
-        SCHEDULE, vocab_size=64, ch_mult=(1, 1, 2), norm_groups=1, noise=(0.0, 0.0), scale_dropout=0.0, **shared
-    )
+    return TokenizerTask(SCHEDULE, vocab_size=64, ch_mult=(1, 1, 2), norm_groups=1, **shared | quiet | options)
 
 
 def run(name: str, strategy: str, precision: str, output: Path, tokenizers: list[str]) -> None:

@@ -60,6 +60,7 @@ class TokenizerTask(Stage1Task):
     """
 
     tokenizer: VQVAE
+    states: Tensor
 
     def __init__(
         self,
@@ -140,6 +141,7 @@ class TokenizerTask(Stage1Task):
         self.perceptual_weight, self.texture_weight = perceptual_weight, texture_weight
         self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
         self.scale_dropout, self.noise = scale_dropout, tuple(noise)
+        self.register_buffer("states", torch.tensor(schedule.states), persistent=False)
         self.perceptual = perceptual
         # in a list: a frozen network is neither trained nor saved
         self._perceptual: list[nn.Module] = []
@@ -173,9 +175,8 @@ class TokenizerTask(Stage1Task):
         if generator is not None and self.scale_dropout > 0:
             scale = self._last_scales(len(target), generator)
             rows = torch.arange(len(target), device=self.device)
-            states = torch.tensor(self.schedule.states, device=self.device)
             f_hat = torch.stack(quantized.stages)[scale, rows]
-            target = torch.stack(batch.blurred)[states[scale], rows]
+            target = torch.stack(batch.blurred)[self.states[scale], rows]
         image = self.tokenizer.decode_features(f_hat)
         return Reconstruction([image], [target], quantized.indices, quantized.loss)
 
