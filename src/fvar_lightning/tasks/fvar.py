@@ -15,7 +15,7 @@ from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.modules import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
-from fvar_lightning.tasks.sharding import gathered, shard
+from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
 from fvar_lightning.tasks.training import (
     batch_generator,
     check_views,
@@ -93,10 +93,17 @@ class FVARTask(LightningModule):
         lr_warmup: part of the run during which the learning rate rises.
         lr_final: learning rate at the end over its peak.
         seed: of label dropout and stochastic depth.
+        compile: the blocks of student and teacher, each by itself, with `torch.compile`: training and validation, not
+            sampling. The time to compile does not grow with the depth.
+        deferred: build student and teacher when the trainer asks for them (`configure_model`), so that with
+            `ModelParallelStrategy` no process but the first ever holds all of them. Until then there are none.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
+
+    student: VAR
+    teacher: HighFrequencyTeacher | None
 
     def __init__(
         self,
@@ -127,6 +134,8 @@ class FVARTask(LightningModule):
         lr_warmup: float = 0.02,
         lr_final: float = 0.1,
         seed: int = 0,
+        compile: bool = False,
+        deferred: bool = False,
     ) -> None:
         super().__init__()
         weights = {
@@ -146,7 +155,7 @@ class FVARTask(LightningModule):
             raise ValueError(f"feature_blocks must lie in 1..{alias_blocks} (alias_blocks), got {feature_blocks}")
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
-        self.save_hyperparameters(ignore=["optimizer"])
+        self.save_hyperparameters(ignore=["optimizer", "compile", "deferred"])
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
@@ -161,30 +170,35 @@ class FVARTask(LightningModule):
         self.hparams["structure_tokenizer"] = describe(vae)
         self.hparams["alias_tokenizer"] = None if self.alias_tokenizer is None else describe(self.alias_tokenizer)
         self.hparams["initial_weights"] = None
-        self.student = VAR(
-            vae.schedule.patch_nums,
-            vocab_size=vae.vocab_size,
-            z_channels=vae.z_channels,
-            num_classes=num_classes,
-            depth=depth,
-            width=width,
-            heads=heads,
-            drop_path_rate=drop_path_rate,
-            shared_aln=shared_aln,
-            attn_l2_norm=attn_l2_norm,
+        self.initial_weights, self.compile_blocks = initial_weights, compile
+        if not deferred:
+            self.student, self.teacher = self._networks()
+
+    def _networks(self) -> Networks:
+        """Student and teacher, new."""
+
+        def options(*names: str) -> dict[str, Any]:
+            return {name: self.hparams[name] for name in names}
+
+        student = VAR(
+            self.vae.schedule.patch_nums,
+            vocab_size=self.vae.vocab_size,
+            z_channels=self.vae.z_channels,
+            **options("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm"),
         )
-        if initial_weights is not None:
-            load_initial_weights(self.student, initial_weights)
-        self.teacher: HighFrequencyTeacher | None = None
-        if teacher_loss_weight > 0:
-            self.teacher = HighFrequencyTeacher(
-                self.student,
+        if self.initial_weights is not None and not student.pos_start.is_meta:
+            load_initial_weights(student, self.initial_weights)
+        teacher = None
+        if self.teacher_loss_weight > 0:
+            teacher = HighFrequencyTeacher(
+                student,
                 alias_channels=self._alias_source.z_channels,
-                alias_blocks=alias_blocks,
-                alias_scales=alias_scales,
-                alias_context=alias_context,
-                trunk=trunk,
+                **options("alias_blocks", "alias_scales", "alias_context", "trunk"),
             )
+        if self.compile_blocks:
+            for block in blocks(student, teacher):
+                block.compile()
+        return student, teacher
 
     def _load_alias(self, source: str | dict[str, Any] | None) -> AliasTokenizer | None:
         if source is None:
@@ -206,9 +220,18 @@ class FVARTask(LightningModule):
         return self.vae if self.alias_tokenizer is None else self.alias_tokenizer
 
     def configure_model(self) -> None:
-        """Shard student and teacher where the strategy is FSDP2 (`ModelParallelStrategy`)."""
-        if self.device_mesh is not None:
-            shard(self.student, self.teacher, self.device_mesh["data_parallel"])
+        """Build student and teacher if they were deferred; shard them where the strategy is FSDP2
+        (`ModelParallelStrategy`)."""
+        built = hasattr(self, "student")
+        if self.device_mesh is None:
+            if not built:
+                self.student, self.teacher = self._networks()
+            return
+        mesh, policy = self.device_mesh["data_parallel"], mixed_precision(self.trainer.precision)
+        if built:
+            shard(self.student, self.teacher, mesh, policy)
+        else:
+            self.student, self.teacher = build_sharded(self._networks, mesh, policy)
 
     def setup(self, stage: str) -> None:
         """Refuse a data module of other views, or of other tokens."""
@@ -306,14 +329,16 @@ class FVARTask(LightningModule):
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         terms = self.losses(self.tokens(batch), batch_generator(self.device, *key))
-        self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
+        for name, value in terms.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         return terms["loss"]
 
     def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
         """Log every term as ``val/*``."""
         terms = self.losses(self.tokens(batch))
-        values = {f"val/{k}": v for k, v in terms.items()}
-        self.log_dict(values, sync_dist=True, prog_bar=True, batch_size=len(batch.labels))
+        for name, value in terms.items():
+            batch_size = len(batch.labels)
+            self.log(f"val/{name}", value, sync_dist=True, prog_bar=name == "loss", batch_size=batch_size)
 
     test_step = validation_step
 

@@ -122,8 +122,8 @@ class Stage1Task(LightningModule):
         loss, pixel = self._loss(passed)
         terms = {"pixel": pixel, "vq": passed.loss}
         loss = self.further_losses(passed, loss, terms)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/{k}": v for k, v in terms.items()})
+        for name, value in {"loss": loss, **terms}.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
