@@ -125,15 +125,16 @@ def test_sharded_checkpoints_move_between_one_and_two_processes(
     sharded: Path, tokenizers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes wrote the first, one the second, two again the third: all hold the same."""
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     try:
         distributed_worker.ship(1, sharded / "one.ckpt", tokenizers, resume=sharded / "shipped.ckpt")
         on = distributed_worker.ship(1, sharded / "on.ckpt", tokenizers, resume=sharded / "shipped.ckpt", steps=5)
         assert on.global_step == 5
     finally:
         torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)  # Lightning's launcher leaves its own, which would reach the next
     two_processes("fvar", "resume", "bf16-mixed", sharded / "again.ckpt", tokenizers)
     states = [
         torch.load(consolidated(sharded / f"{name}.ckpt", monkeypatch), weights_only=True)

@@ -49,7 +49,8 @@ COMPONENTS = (
 
 
 class FVARCommandLine(LightningCLI):
-    """LightningCLI in which the data module tells the task the schedule and the classes.
+    """LightningCLI in which a task of stage 1 gets the data module's schedule and point-spread function. (That of stage
+    2 asks the data module itself.)
 
     With ``--ckpt_path``, ``--model`` options of the command line count more than the checkpoint's hyper-parameters, and
     these more than configuration files. (In LightningCLI the checkpoint silently wins over both.)
@@ -59,8 +60,6 @@ class FVARCommandLine(LightningCLI):
         for leaf in ("patch_nums", "patch_size", "focus_states", "max_radius", "schedule"):
             parser.link_arguments(f"data.init_args.schedule.{leaf}", f"model.init_args.schedule.{leaf}")
         parser.link_arguments("data.init_args.psf", "model.init_args.psf")
-        for name in ("num_classes", "class_names"):
-            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Set the checkpoint aside, whose hyper-parameters LightningCLI would put on top of all else."""
@@ -106,9 +105,11 @@ class FVARCommandLine(LightningCLI):
     before_fit = before_validate = before_test = before_predict = load_weights_only
 
     def instantiate_classes(self) -> None:
-        """Report what a constructor refused as a command-line error, not as a traceback."""
+        """Report what a constructor refused, or a source without data, as a command-line error, not as a traceback."""
         try:
             super().instantiate_classes()
+            if self.subcommand != "predict" or getattr(self.datamodule, "predict", "samples") == "tokens":
+                getattr(self.datamodule, "class_names", None)
         except ValueError as error:
             root: BaseException = error
             while root.__cause__ is not None:

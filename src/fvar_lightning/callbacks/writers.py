@@ -77,15 +77,14 @@ class SampleWriter(BasePredictionWriter):
             raise ValueError(f"predict of the data module must be 'samples' for a SampleWriter, got {asked!r}")
         trainer.predict_loop.return_predictions = False
         pl_module.sampling |= self.sampling
-        self.folder = SampleFolder(self.root, pl_module.class_names)
-        count = data.samples_per_class
-        self.samples = [Sample(i // count, data.base_seed + i) for i in range(data.num_classes * count)]
         # not yet: the checkpoint, which the folder must fit, is loaded later
         data.finished_seeds = lambda: self._finished_seeds(trainer, pl_module, data)
 
     def _finished_seeds(self, trainer: Trainer, task: FVARTask, data: SharedLoaders) -> list[int]:
         """Of the images that are there, the same on all ranks."""
-        assert self.folder is not None
+        names, count = task.class_names, data.samples_per_class
+        self.folder = SampleFolder(self.root, names)
+        self.samples = [Sample(i // count, data.base_seed + i) for i in range(len(names) * count)]
         checkpoint = identify_weights(trainer, task)
         finished: list[Sample] | str = []
         if trainer.is_global_zero:

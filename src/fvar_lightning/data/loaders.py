@@ -145,12 +145,15 @@ class SharedLoaders(LightningDataModule):
     def sample_loader(self) -> DataLoader | list[DataLoader]:
         """`SampleBatch`es: `samples_per_class` of every class, less those finished; no loader if none are left.
 
-        A batch holds the same images whatever is finished.
+        The classes are the task's where it knows them: generating needs no data. A batch holds the same images whatever
+        is finished.
         """
+        task = None if self.trainer is None else self.trainer.lightning_module
+        classes = getattr(task, "num_classes", None) or self.num_classes
         ranks = self._ranks["num_replicas"]
-        size = even_batch_size(self.num_classes * self.samples_per_class, ranks, self.batch_size)
+        size = even_batch_size(classes * self.samples_per_class, ranks, self.batch_size)
         requests = SampleRequests(
-            self.num_classes,
+            classes,
             self.samples_per_class,
             self.base_seed,
             finished=self.finished_seeds(),

@@ -15,32 +15,23 @@ from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.modules import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
+from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
 from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
 from fvar_lightning.tasks.training import (
+    WarmupLinear,
     batch_generator,
     check_views,
     parameter_groups,
     training_steps,
-    warmup_linear,
 )
 from fvar_lightning.tokenizer.alias import AliasTokenizer
-from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, token_losses
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.checkpoints import load_initial_weights, load_tokenizer
-from fvar_lightning.weights.describe import build, describe, differences
-
-
-def _tokenizer(source: str | dict[str, Any]) -> Tokenizer:
-    """From a checkpoint, or from a description, frozen."""
-    if isinstance(source, str):
-        return load_tokenizer(source)
-    tokenizer = build(source)
-    if isinstance(tokenizer, VAR):
-        raise ValueError("a tokenizer is described as a transformer")
-    return tokenizer.requires_grad_(False).eval()
+from fvar_lightning.weights.averages import state_of
+from fvar_lightning.weights.checkpoints import load_initial_weights
+from fvar_lightning.weights.describe import describe, differences
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -79,9 +70,11 @@ class FVARTask(LightningModule):
             tokenizer (needs targets ``view``).
         initial_weights: start the student from these: official VAR's file, a checkpoint of this task or a pretrained
             folder; class embeddings are new where the number of classes differs.
-        num_classes: from the data module.
-        class_names: from the data module.
-        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm: of the student, see `VAR`.
+        num_classes: None: those of the trainer's data module, whose schedule the tokenizers then serve too (see
+            `at_schedule`); student and teacher are built when the trainer asks for them (`configure_model`).
+        class_names: the data module's where left out.
+        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm, initial_gain, recompute: of the
+            student, see `VAR`.
         trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
         teacher_loss_weight: of the teacher's own cross-entropy.
         feature_weight: of the feature distillation (lambda_feat).
@@ -91,12 +84,15 @@ class FVARTask(LightningModule):
         guidance, top_k, top_p: of `generate`, for prediction.
         optimizer: of student and teacher.
         lr_warmup: part of the run during which the learning rate rises.
+        lr_hold: part of the rest during which it stays at its peak.
         lr_final: learning rate at the end over its peak.
+        weight_decay_final: weight decay at the end, to which the optimiser's changes by half a cosine; ``None``: none
+            of it changes.
         seed: of label dropout and stochastic depth.
         compile: the blocks of student and teacher, each by itself, with `torch.compile`: training and validation, not
             sampling. The time to compile does not grow with the depth.
-        deferred: build student and teacher when the trainer asks for them (`configure_model`), so that with
-            `ModelParallelStrategy` no process but the first ever holds all of them. Until then there are none.
+        deferred: build student and teacher when the trainer asks for them (`configure_model`) even if `num_classes` is
+            given, so that with `ModelParallelStrategy` no process but the first ever holds all of them.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -110,7 +106,7 @@ class FVARTask(LightningModule):
         structure_tokenizer: str | dict[str, Any],
         alias_tokenizer: str | dict[str, Any] | None = None,
         initial_weights: str | None = None,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         class_names: list[str] | None = None,
         depth: int = 16,
         width: int | None = None,
@@ -118,6 +114,8 @@ class FVARTask(LightningModule):
         drop_path_rate: float | None = None,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
+        initial_gain: float = 1e-5,
+        recompute: bool = False,
         trunk: Literal["shared", "separate"] = "shared",
         alias_blocks: int = 2,
         alias_scales: int | None = None,
@@ -132,7 +130,9 @@ class FVARTask(LightningModule):
         top_p: float = 0.96,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup: float = 0.02,
+        lr_hold: float = 0.0,
         lr_final: float = 0.1,
+        weight_decay_final: float | None = None,
         seed: int = 0,
         compile: bool = False,
         deferred: bool = False,
@@ -155,27 +155,31 @@ class FVARTask(LightningModule):
             raise ValueError(f"feature_blocks must lie in 1..{alias_blocks} (alias_blocks), got {feature_blocks}")
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
+        if not 0 <= lr_hold <= 1:
+            raise ValueError(f"lr_hold must lie in [0, 1], got {lr_hold}")
+        if weight_decay_final is not None and weight_decay_final < 0:
+            raise ValueError(f"weight_decay_final must not be negative, got {weight_decay_final}")
         self.save_hyperparameters(ignore=["optimizer", "compile", "deferred"])
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
-        self.lr_plan = lr_warmup, lr_final
+        self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
-        vae = _tokenizer(structure_tokenizer)
-        if not isinstance(vae, VQVAE):
-            raise ValueError(f"structure_tokenizer {structure_tokenizer!r} holds an alias tokenizer")
-        self.vae = vae
-        self.alias_tokenizer = self._load_alias(alias_tokenizer)
-        # a checkpoint stands alone: it holds these weights
-        self.hparams["structure_tokenizer"] = describe(vae)
-        self.hparams["alias_tokenizer"] = None if self.alias_tokenizer is None else describe(self.alias_tokenizer)
-        self.hparams["initial_weights"] = None
         self.initial_weights, self.compile_blocks = initial_weights, compile
-        if not deferred:
+        self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
+        vae, alias = frozen_tokenizers(structure_tokenizer, alias_tokenizer)
+        self._take_tokenizers(vae, alias)
+        if num_classes is not None and not deferred:
             self.student, self.teacher = self._networks()
 
+    def _take_tokenizers(self, vae: VQVAE, alias: AliasTokenizer | None) -> None:
+        """A checkpoint stands alone: their descriptions take the place of their files."""
+        self.vae, self.alias_tokenizer = vae, alias
+        self.hparams["structure_tokenizer"] = describe(vae)
+        self.hparams["alias_tokenizer"] = None if alias is None else describe(alias)
+
     def _networks(self) -> Networks:
-        """Student and teacher, new."""
+        """Student and teacher, new, for the tokenizers' schedule."""
 
         def options(*names: str) -> dict[str, Any]:
             return {name: self.hparams[name] for name in names}
@@ -185,6 +189,7 @@ class FVARTask(LightningModule):
             vocab_size=self.vae.vocab_size,
             z_channels=self.vae.z_channels,
             **options("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm"),
+            **options("initial_gain", "recompute"),
         )
         if self.initial_weights is not None and not student.pos_start.is_meta:
             load_initial_weights(student, self.initial_weights)
@@ -200,28 +205,15 @@ class FVARTask(LightningModule):
                 block.compile()
         return student, teacher
 
-    def _load_alias(self, source: str | dict[str, Any] | None) -> AliasTokenizer | None:
-        if source is None:
-            return None
-        tokenizer = _tokenizer(source)
-        if not isinstance(tokenizer, AliasTokenizer):
-            raise ValueError(f"alias_tokenizer {source!r} holds a structure tokenizer")
-        for name in ("schedule", "psf"):
-            ours, theirs = getattr(self.vae, name), getattr(tokenizer, name)
-            if ours not in (theirs, None):
-                raise ValueError(
-                    f"{name} of the two tokenizers must be equal: structure_tokenizer {ours}, alias_tokenizer {theirs}"
-                )
-        return tokenizer
-
     @property
     def _alias_source(self) -> AliasTokenizer | VQVAE:
         """What turns alias residuals into tokens."""
         return self.vae if self.alias_tokenizer is None else self.alias_tokenizer
 
     def configure_model(self) -> None:
-        """Build student and teacher if they were deferred; shard them where the strategy is FSDP2
+        """Build student and teacher where there are none yet; shard them where the strategy is FSDP2
         (`ModelParallelStrategy`)."""
+        self._follow_data()
         built = hasattr(self, "student")
         if self.device_mesh is None:
             if not built:
@@ -233,10 +225,31 @@ class FVARTask(LightningModule):
         else:
             self.student, self.teacher = build_sharded(self._networks, mesh, policy)
 
+    def _follow_data(self) -> None:
+        """Take schedule and classes from the trainer's data module, unless the classes are known.
+
+        Raises:
+            ValueError: if there is no data module that knows its classes.
+        """
+        if self.num_classes is not None:
+            return
+        trainer = self._trainer
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        if trainer is None or names is None:
+            raise ValueError("num_classes must be given where no data module tells the classes, got None")
+        self._take_tokenizers(*at_data_schedule(self.vae, self.alias_tokenizer, trainer))
+        self.hparams["num_classes"] = len(names)
+        self.hparams["class_names"] = self.hparams["class_names"] or list(names)
+
     def setup(self, stage: str) -> None:
-        """Refuse a data module of other views, or of other tokens."""
+        """Refuse a data module of other views, classes or tokens."""
+        self._follow_data()
         check_views(self, self.vae.schedule, self._alias_source.psf)
         data = getattr(self.trainer, "datamodule", None)
+        # images to generate need no images, and so nobody to list them
+        asks_for_samples = stage == "predict" and getattr(data, "predict", "samples") == "samples"
+        if not asks_for_samples and (classes := getattr(data, "num_classes", None)) not in (None, self.num_classes):
+            raise ValueError(f"num_classes must be the data module's {classes}, got {self.num_classes}")
         if isinstance(data, TokenDataModule):
             self._check_tokens(data.train.meta)
 
@@ -250,6 +263,9 @@ class FVARTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files."""
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
+        # averaging what never changes moves it by rounding errors, which add up over a run
+        frozen = {n: x for n, x in state_of(checkpoint, "raw").items() if n.startswith(("vae.", "alias_tokenizer."))}
+        checkpoint["state_dict"].update(frozen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another student.
@@ -364,18 +380,23 @@ class FVARTask(LightningModule):
             patch_nums=self.vae.schedule.patch_nums,
             class_names=self.class_names,
             structure_vocab=self.vae.vocab_size,
-            alias_vocab=self._alias_source.vocab_size if self.teacher is not None else 0,
+            alias_vocab=self._alias_source.vocab_size if self.hparams["teacher_loss_weight"] else 0,
         )
 
     @property
     def class_names(self) -> list[str]:
         """Name of every label; its number where there is none."""
-        return self.hparams["class_names"] or [str(label) for label in range(self.student.num_classes)]
+        return self.hparams["class_names"] or [str(label) for label in range(self.num_classes or 0)]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels; None until the data module has told."""
+        return self.hparams["num_classes"]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser with a learning rate that warms up and then falls linearly."""
+        """The optimiser with a learning rate that warms up and then falls linearly, and with its weight decay."""
         modules = [m for m in (self.student, self.teacher) if m is not None]
         optimizer = self.optimizer_factory(parameter_groups(modules))
         steps = training_steps(self.trainer)
-        scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
+        scheduler = WarmupLinear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -3,7 +3,7 @@
 Legend: B batch, S scales, pn_s side of token map s, p patch size, W width, Z latent channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -142,6 +142,22 @@ class AliasTokenizer(nn.Module):
             variance /= distributed.get_world_size()
         self.variance[: len(variance)].lerp_(variance, self.momentum)
         self.batches += 1
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Set the standard deviations to those of the given residuals, as if they were the first batch of a training.
+
+        Args:
+            batches: each A_s of the first n scales, (B, 3, pn_s p, pn_s p).
+        """
+        squares = torch.zeros(self.schedule.num_scales, dtype=torch.float64)
+        counts = torch.zeros_like(squares)
+        for residuals in batches:
+            n = len(residuals)
+            squares[:n] += torch.stack([a.double().square().sum() for a in residuals]).cpu()
+            counts[:n] += torch.tensor([a.numel() for a in residuals])
+        self.variance.copy_(self.momentum * squares / counts.clamp_min(1))
+        self.batches.fill_(1)
 
     def _code_map(self, indices: Tensor) -> Tensor:
         return rearrange(self.codebook(indices), "b (h w) c -> b c h w", h=round(indices.shape[1] ** 0.5))
