@@ -518,7 +518,8 @@ def test_tokenizer_pictures_and_reconstruct(image_folder: Path, tmp_path: Path) 
     trainer.validate(task, make_data(image_folder), verbose=False)
     folder = tmp_path / "logs" / "version_0" / "pictures"
     assert {p.name for p in folder.iterdir()} == {"val_reconstructions-0000000.png", "val_usage-0000000.png"}
-    task.tokenizer.codebook.updates.fill_(2000)  # the warm-up, in which there are no tokens, is over
+    codebook = task.tokenizer.codebook  # the warm-up, in which there are no tokens, is over
+    codebook.load_state_dict(codebook.state_dict() | {"updates": torch.tensor(2000)})
     data = make_data(image_folder)
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     found = task.eval().reconstruct(batch)

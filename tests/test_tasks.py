@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from fvar_lightning.cli import main
@@ -366,15 +368,40 @@ def test_a_teacher_that_is_a_copy_teaches_nothing_in_training_either(trained: di
     assert terms["teacher"] == terms["student"]
 
 
-@pytest.mark.parametrize("trunk", ["shared", "separate"])
-def test_the_losses_compile_without_a_graph_break(trained: dict[str, Path], trunk: str) -> None:
-    task = make_task(trained, trunk=trunk).train()
+@pytest.mark.parametrize(
+    ("trunk", "recompute"),
+    [
+        ("shared", True),
+        ("separate", False),
+        pytest.param("shared", False, marks=pytest.mark.slow),
+        pytest.param("separate", True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_losses_compile_without_a_graph_break(trained: dict[str, Path], trunk: str, recompute: bool) -> None:
+    task = make_task(trained, trunk=trunk, recompute=recompute).train()
     batch = make_tokens(task)
     inputs = task.step_inputs(batch, batch_generator(torch.device("cpu"), 5))
     expected = gradients(task, task.terms(inputs)["loss"])
     compiled = torch.compile(task.terms, fullgraph=True, backend="eager")
     for name, gradient in gradients(task, compiled(inputs)["loss"]).items():
         torch.testing.assert_close(gradient, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_switch_compiles_every_block_once(trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no C++ compiler
+    task = make_task(trained, compile=True).train()
+    plain = copy.deepcopy(task)  # as weight averaging copies it: not compiled
+    inputs = task.step_inputs(make_tokens(task), batch_generator(torch.device("cpu"), 5))
+    torch._dynamo.reset()
+    counters.clear()
+    expected = gradients(plain, plain.terms(inputs)["loss"])
+    assert counters["stats"]["unique_graphs"] == 0
+    for name, gradient in gradients(task, task.terms(inputs)["loss"]).items():
+        torch.testing.assert_close(
+            gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert counters["stats"]["unique_graphs"] == 2  # the student's block and the teacher's
+    assert not counters["graph_break"]
 
 
 def test_teacher_is_not_pulled_by_the_distillation(trained: dict[str, Path]) -> None:

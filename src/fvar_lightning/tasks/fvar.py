@@ -16,7 +16,7 @@ from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
 from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
-from fvar_lightning.tasks.sharding import gathered, shard
+from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
 from fvar_lightning.tasks.tokens import check_cache, hashes, identity
 from fvar_lightning.tasks.training import (
     WarmupLinear,
@@ -90,10 +90,17 @@ class FVARTask(LightningModule):
         weight_decay_final: weight decay at the end, to which the optimiser's changes by half a cosine; ``None``: none
             of it changes.
         seed: of label dropout and stochastic depth.
+        compile: the blocks of student and teacher, each by itself, with `torch.compile`: training and validation, not
+            sampling. The time to compile does not grow with the depth.
+        deferred: build student and teacher when the trainer asks for them (`configure_model`) even if `num_classes` is
+            given, so that with `ModelParallelStrategy` no process but the first ever holds all of them.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
+
+    student: VAR
+    teacher: HighFrequencyTeacher | None
 
     def __init__(
         self,
@@ -128,6 +135,8 @@ class FVARTask(LightningModule):
         lr_final: float = 0.1,
         weight_decay_final: float | None = None,
         seed: int = 0,
+        compile: bool = False,
+        deferred: bool = False,
     ) -> None:
         super().__init__()
         weights = {
@@ -151,24 +160,21 @@ class FVARTask(LightningModule):
             raise ValueError(f"lr_hold must lie in [0, 1], got {lr_hold}")
         if weight_decay_final is not None and weight_decay_final < 0:
             raise ValueError(f"weight_decay_final must not be negative, got {weight_decay_final}")
-        self.save_hyperparameters(ignore=["optimizer"])
+        self.save_hyperparameters(ignore=["optimizer", "compile", "deferred"])
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
         self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
-        self.initial_weights = initial_weights
+        self.initial_weights, self.compile_blocks = initial_weights, compile
         self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
         vae, alias = frozen_tokenizers(structure_tokenizer, alias_tokenizer)
         # of files, before the trainer changes the precision; those of described tokenizers come with the checkpoint
         described = isinstance(structure_tokenizer, dict) or isinstance(alias_tokenizer, dict)
         self.tokenizers_sha256 = {} if described else hashes({"structure": vae, "alias": alias})
         self._take_tokenizers(vae, alias)
-        if num_classes is not None:
-            self._build()
-
-    student: VAR
-    teacher: HighFrequencyTeacher | None
+        if num_classes is not None and not deferred:
+            self.student, self.teacher = self._networks()
 
     def _take_tokenizers(self, vae: VQVAE, alias: AliasTokenizer | None) -> None:
         """A checkpoint stands alone: their descriptions take the place of their files."""
@@ -176,28 +182,32 @@ class FVARTask(LightningModule):
         self.hparams["structure_tokenizer"] = describe(vae)
         self.hparams["alias_tokenizer"] = None if alias is None else describe(alias)
 
-    def _build(self) -> None:
-        """Student and teacher, for the tokenizers' schedule."""
-        sizes = (
-            *("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm"),
-            *("initial_gain", "recompute"),
-        )
-        self.student = VAR(
+    def _networks(self) -> Networks:
+        """Student and teacher, new, for the tokenizers' schedule."""
+
+        def options(*names: str) -> dict[str, Any]:
+            return {name: self.hparams[name] for name in names}
+
+        student = VAR(
             self.vae.schedule.patch_nums,
             vocab_size=self.vae.vocab_size,
             z_channels=self.vae.z_channels,
-            **{name: self.hparams[name] for name in sizes},
+            **options("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm"),
+            **options("initial_gain", "recompute"),
         )
-        if self.initial_weights is not None:
-            load_initial_weights(self.student, self.initial_weights)
-        self.teacher = None
+        if self.initial_weights is not None and not student.pos_start.is_meta:
+            load_initial_weights(student, self.initial_weights)
+        teacher = None
         if self.teacher_loss_weight > 0:
-            options = ("alias_blocks", "alias_scales", "alias_context", "trunk")
-            self.teacher = HighFrequencyTeacher(
-                self.student,
+            teacher = HighFrequencyTeacher(
+                student,
                 alias_channels=self._alias_source.z_channels,
-                **{name: self.hparams[name] for name in options},
+                **options("alias_blocks", "alias_scales", "alias_context", "trunk"),
             )
+        if self.compile_blocks:
+            for block in blocks(student, teacher):
+                block.compile()
+        return student, teacher
 
     @property
     def _alias_source(self) -> AliasTokenizer | VQVAE:
@@ -205,13 +215,19 @@ class FVARTask(LightningModule):
         return self.vae if self.alias_tokenizer is None else self.alias_tokenizer
 
     def configure_model(self) -> None:
-        """Build student and teacher if the data module was to tell their classes; shard them where the strategy is
-        FSDP2 (`ModelParallelStrategy`)."""
+        """Build student and teacher where there are none yet; shard them where the strategy is FSDP2
+        (`ModelParallelStrategy`)."""
         self.follow_data()
-        if not hasattr(self, "student"):
-            self._build()
-        if self.device_mesh is not None:
-            shard(self.student, self.teacher, self.device_mesh["data_parallel"])
+        built = hasattr(self, "student")
+        if self.device_mesh is None:
+            if not built:
+                self.student, self.teacher = self._networks()
+            return
+        mesh, policy = self.device_mesh["data_parallel"], mixed_precision(self.trainer.precision)
+        if built:
+            shard(self.student, self.teacher, mesh, policy)
+        else:
+            self.student, self.teacher = build_sharded(self._networks, mesh, policy)
 
     def follow_data(self) -> None:
         """Take schedule and classes from the trainer's data module, unless the classes are known.
@@ -331,14 +347,16 @@ class FVARTask(LightningModule):
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         terms = self.losses(self.tokens(batch), batch_generator(self.device, *key))
-        self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
+        for name, value in terms.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         return terms["loss"]
 
     def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
         """Log every term as ``val/*``."""
         terms = self.losses(self.tokens(batch))
-        values = {f"val/{k}": v for k, v in terms.items()}
-        self.log_dict(values, sync_dist=True, prog_bar=True, batch_size=len(batch.labels))
+        for name, value in terms.items():
+            batch_size = len(batch.labels)
+            self.log(f"val/{name}", value, sync_dist=True, prog_bar=name == "loss", batch_size=batch_size)
 
     test_step = validation_step
 

@@ -100,9 +100,12 @@ class Stage1Task(LightningModule):
     def on_train_start(self) -> None:
         """Refuse batches that are too small to initialise the codebook; warn of a run that ends before."""
         codebook, loader = self.tokenizer.codebook, self.trainer.train_dataloader
-        if isinstance(loader, DataLoader) and codebook.updates <= codebook.warmup_steps:
-            images = min(loader.batch_size or 1, len(cast(Sized, loader.sampler))) * self.trainer.world_size
-            codebook.check_pool([images * side**2 for side in self.schedule.patch_nums[: self.scales]])
+        if isinstance(loader, DataLoader) and codebook.warming_up:
+            images = min(
+                (loader.batch_size or 1) * self.trainer.accumulate_grad_batches, len(cast(Sized, loader.sampler))
+            )
+            sides = self.schedule.patch_nums[: self.scales]
+            codebook.check_pool([images * self.trainer.world_size * side**2 for side in sides])
         if codebook.warmup_steps >= self.trainer.estimated_stepping_batches:
             rank_zero_warn(
                 f"warmup_steps {codebook.warmup_steps} leaves no step of the run's "
@@ -116,8 +119,13 @@ class Stage1Task(LightningModule):
         loss, pixel = self._loss(passed)
         terms = {"pixel": pixel, "vq": passed.loss}
         loss = self.further_losses(passed, loss, terms)
-        self.log_dict({f"train/{k}": v for k, v in {"loss": loss, **terms}.items()}, prog_bar=True)
+        for name, value in {"loss": loss, **terms}.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The codebook's step: once for each of the optimiser's, before any checkpoint of it."""
+        self.tokenizer.codebook.step()
 
     def _loss(self, passed: Reconstruction) -> tuple[Tensor, Tensor]:
         pairs = zip(passed.decoded, passed.targets, strict=True)

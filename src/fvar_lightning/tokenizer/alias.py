@@ -107,7 +107,8 @@ class AliasTokenizer(nn.Module):
         return torch.where(variance > 0, variance.sqrt(), 1.0)
 
     def forward(self, residuals: Sequence[Tensor]) -> Reconstruction:
-        """A training pass: decoded residuals at unit variance, beside what they should be.
+        """A training pass: decoded residuals at unit variance, beside what they should be. The codebook's `step` is to
+        follow the optimiser's.
 
         Args:
             residuals: A_s of the first n scales (the last scale's is zero by construction), (B, 3, pn_s p, pn_s p).
@@ -120,19 +121,17 @@ class AliasTokenizer(nn.Module):
         loss = vectors[0].new_zeros(())
         indices: list[Tensor] = []
         quantised = features
+        if self.codebook.needs_init:
+            self.codebook.collect([z.detach() for z in vectors])
         if not self.codebook.warming_up:
-            if self.codebook.needs_init:
-                self.codebook.initialise([z.detach() for z in vectors])
             chosen = [self.codebook.nearest(z.detach()) for z in vectors]
             if self.training:
-                self.codebook.update([z.detach() for z in vectors], chosen)
+                self.codebook.collect([z.detach() for z in vectors], chosen)
             indices = [i.view(len(z), -1) for i, z in zip(chosen, features, strict=True)]
             codes = [self._code_map(i) for i in indices]
             loss = sum((F.mse_loss(z, c) for z, c in zip(features, codes, strict=True)), loss)
             loss = loss * self.commitment / len(features)
             quantised = [z + (c - z).detach() for z, c in zip(features, codes, strict=True)]
-        if self.training:
-            self.codebook.step()
         return Reconstruction([self.decoder(q) for q in quantised], targets, indices, loss)
 
     @torch.no_grad()
