@@ -1,10 +1,14 @@
 """Three training steps of a task, weights written by rank 0; test_distributed.py runs it in one and in two processes.
 
 Usage: distributed_worker.py TASK STRATEGY PRECISION OUTPUT [TOKENIZER ...]
+
+With strategy fsdp also a run as the configurations ship it, its sharded checkpoint and samples beside OUTPUT. Strategy
+resume goes on from such a checkpoint, one.ckpt beside OUTPUT, and writes it once more.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -24,16 +28,20 @@ TOTAL = 8
 
 
 class FixedImages(LightningDataModule):
-    """Eight fixed images: the first four to rank 0, the others to rank 1, or all to one process."""
+    """Eight fixed images: the first four to rank 0, the others to rank 1, or all to one process; in so many passes."""
 
     schedule = SCHEDULE
+
+    def __init__(self, passes: int = 1) -> None:
+        super().__init__()
+        self.passes = passes
 
     def train_dataloader(self) -> DataLoader:
         images = torch.rand(TOTAL, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
         data = list(zip(images, torch.arange(TOTAL) % 2, strict=True))
         share = TOTAL // self.trainer.world_size
         first = share * self.trainer.global_rank
-        return DataLoader(data, share, sampler=range(first, first + share))
+        return DataLoader(data, share // self.passes, sampler=range(first, first + share))
 
     def on_after_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> ImageBatch:
         images, labels = batch
@@ -46,39 +54,68 @@ def sgd(params: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1)
 
 
-def make_task(name: str, tokenizers: list[str]) -> LightningModule:
+def adamw(params: object) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
+
+
+def make_task(name: str, tokenizers: list[str], **options: Any) -> LightningModule:
     torch.manual_seed(0)
     if name == "fvar":
         losses.CHUNK = 16  # several of a batch
-        return FVARTask(
-            *tokenizers, num_classes=2, depth=3, width=32, heads=2, drop_path_rate=0.0, label_dropout=0.0, optimizer=sgd
-        )
+        quiet = {"drop_path_rate": 0.0, "label_dropout": 0.0}
+        return FVARTask(*tokenizers, num_classes=2, depth=3, width=32, heads=2, optimizer=adamw, **quiet | options)
     shared = {"z_channels": 4, "ch": 8, "num_res_blocks": 1, "warmup_steps": 1, "revive_after": 1, "optimizer": sgd}
     if name == "alias":
-        return AliasTokenizerTask(SCHEDULE, vocab_size=8, l1_weight=0.2, **shared)
+        return AliasTokenizerTask(SCHEDULE, vocab_size=8, l1_weight=0.2, **shared | options)
+    quiet = {"noise": (0.0, 0.0), "scale_dropout": 0.0}
     # more codes than a step uses, so that idle ones are revived
-    return TokenizerTask(
-        SCHEDULE, vocab_size=64, ch_mult=(1, 1, 2), norm_groups=1, noise=(0.0, 0.0), scale_dropout=0.0, **shared
-    )
+    return TokenizerTask(SCHEDULE, vocab_size=64, ch_mult=(1, 1, 2), norm_groups=1, **shared | quiet | options)
+
+
+def make_trainer(strategy: Any, precision: str, devices: int, passes: int, folder: Path, steps: int = 3) -> Trainer:
+    return Trainer(
+        accelerator="cpu", precision=precision, devices=devices, strategy=strategy, max_steps=steps,
+        accumulate_grad_batches=passes, gradient_clip_val=0.5, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
+    )  # fmt: skip
+
+
+def fsdp(devices: int, **options: Any) -> ModelParallelStrategy:
+    return ModelParallelStrategy(devices, tensor_parallel_size=1, process_group_backend="gloo", **options)
 
 
 def run(name: str, strategy: str, precision: str, output: Path, tokenizers: list[str]) -> None:
+    """Stage 2 with AdamW and accumulation; all with clipped gradients."""
     plan = {
         "single": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
-        "fsdp": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo",
-                                      save_distributed_checkpoint=False),
-    }[strategy]  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", precision=precision, devices=1 if strategy == "single" else 2, strategy=plan,
-        max_steps=3, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, default_root_dir=output.parent,
-    )  # fmt: skip
-    task = make_task(name, tokenizers)
-    trainer.fit(task, FixedImages())
+        "fsdp": fsdp(2, save_distributed_checkpoint=False),
+    }[strategy]
+    passes = 2 if name == "fvar" else 1
+    trainer = make_trainer(plan, precision, 1 if strategy == "single" else 2, passes, output.parent)
+    options = {"deferred": True} if strategy == "fsdp" else {}
+    trainer.fit(make_task(name, tokenizers, **options), FixedImages(passes))
     trainer.save_checkpoint(output, weights_only=False)
 
 
+def ship(processes: int, output: Path, tokenizers: list[str], resume: Path | None = None, steps: int = 3) -> FVARTask:
+    """Stage 2 as the configurations have it; `output` is a folder with every process's part."""
+    task = make_task(
+        "fvar", tokenizers, deferred=True, drop_path_rate=0.3, label_dropout=0.1, trunk="separate", shared_aln=True
+    )
+    trainer = make_trainer(fsdp(processes), "bf16-mixed", processes, 2, output.parent, steps)
+    trainer.fit(task, FixedImages(2), ckpt_path=resume, weights_only=True)
+    trainer.save_checkpoint(output)
+    return task
+
+
 if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]), sys.argv[5:])
+    task, strategy, precision, output, *tokenizers = sys.argv[1:]
+    if strategy != "resume":
+        run(task, strategy, precision, Path(output), tokenizers)
+    if strategy == "fsdp":
+        shipped = ship(2, Path(output).with_name("shipped.ckpt"), tokenizers)
+        samples = shipped.generate(torch.tensor([0, 1]), seeds=[1, 2])
+        torch.save(samples, Path(output).with_name(f"samples{shipped.global_rank}.pt"))
+    if strategy == "resume":
+        ship(2, Path(output), tokenizers, resume=Path(output).with_name("one.ckpt"))

@@ -15,7 +15,7 @@ import scipy.linalg
 import torch
 import torchvision
 import yaml
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
@@ -44,12 +44,14 @@ from fvar_lightning.callbacks import (
 from fvar_lightning.callbacks.reconstruction import local_lpips
 from fvar_lightning.cli import main
 from fvar_lightning.data.pixels import to_uint8
+from fvar_lightning.data.token_dataset import TokenDataset
 from fvar_lightning.metrics.pictures import bar_chart, line_chart
 from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.weights.checkpoints import load_tokenizer
 from fvar_lightning.weights.identity import file_sha256, weights_sha256
 
 CONF = Path(__file__).parent / "conf"
@@ -317,6 +319,47 @@ def test_the_end_of_training_is_in_the_last_checkpoint(
     assert not torch.equal(raw["student.head.weight"], checkpoint["state_dict"]["student.head.weight"])
 
 
+def test_frozen_tokenizers_are_not_averaged(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    """0.9999 x + 0.0001 x is not x, in float32."""
+    averaging, last = EMAWeightAveraging(decay=0.9999, use_buffers=False), LastCheckpoint(str(tmp_path))
+    trainer = make_trainer(tmp_path, [last, averaging], max_steps=4, max_epochs=-1, enable_checkpointing=True)
+    trainer.fit(make_task(tokenizers), make_data(image_folder))
+    averaged = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in make_task(tokenizers).state_dict().items():
+        if name.startswith(("vae.", "alias_tokenizer.")):
+            assert torch.equal(averaged[name], value), name
+
+
+def test_averages_of_a_tokenizer_begin_after_the_warm_up(image_folder: Path, tmp_path: Path) -> None:
+    """The codes are averaged with the encoder that they follow, their statistics are not; before, there is nothing."""
+
+    class Codes(Callback):
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: TokenizerTask, *args: object) -> None:
+            self.seen.append(pl_module.tokenizer.codebook.embedding.weight.clone())
+
+    options = {"vocab_size": 8, "z_channels": 4, "ch": 8, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "warmup_steps": 2}
+    for start in (3, 100):
+        watch, last = Codes(), LastCheckpoint(str(tmp_path))
+        averaging = EMAWeightAveraging(decay=0.5, use_buffers=False, update_starting_at_step=start)
+        trainer = make_trainer(
+            tmp_path, [watch, last, averaging], max_steps=6, max_epochs=-1, enable_checkpointing=True
+        )
+        trainer.fit(TokenizerTask(FocusSchedule(**LAYOUT), **options), make_data(image_folder, batch_size=4))
+        checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        loaded = load_tokenizer(tmp_path / "last.ckpt").state_dict()
+        raw = {name.removeprefix("tokenizer."): x for name, x in checkpoint["current_model_state"].items()}
+        codes = "quantizer.codebook.embedding.weight"
+        if start == 100:
+            assert all(torch.equal(loaded[name], raw[name]) for name in loaded)
+        else:
+            torch.testing.assert_close(loaded[codes], watch.seen[3] / 4 + watch.seen[4] / 4 + watch.seen[5] / 2)
+            assert all(torch.equal(loaded[f"quantizer.codebook.{n}"], raw[f"quantizer.codebook.{n}"])
+                       for n in ("updates", "counts", "sums", "idle"))  # fmt: skip
+
+
 def test_every_n_epochs_goes_on_in_a_resumed_run(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
     watch = Watch(every_n_epochs=3)
     trainer = make_trainer(tmp_path, [watch], max_epochs=2, num_sanity_val_steps=1)
@@ -395,6 +438,15 @@ def test_two_processes_make_every_sample_once(
              for f in (one, two)]  # fmt: skip
     assert len(files[0]) == 7
     assert files[0] == files[1]
+    caches = [TokenDataset(folder / "tokens") for folder in (one, two)]
+    assert [cache.cache.layout.ranks for cache in caches] == [1, 2]
+    rows = [cache.collate([cache[i] for i in range(len(cache))]) for cache in caches]
+    assert len(rows[0].labels) == 32
+    assert torch.equal(rows[0].labels, rows[1].labels)
+    # in the order of the images; batches of other images may round another way
+    for part in ("structure", "alias"):
+        same = [torch.cat(getattr(batch, part), 1) for batch in rows]
+        assert (same[0] == same[1]).double().mean() > 0.99
 
 
 # reconstructions
@@ -466,7 +518,8 @@ def test_tokenizer_pictures_and_reconstruct(image_folder: Path, tmp_path: Path) 
     trainer.validate(task, make_data(image_folder), verbose=False)
     folder = tmp_path / "logs" / "version_0" / "pictures"
     assert {p.name for p in folder.iterdir()} == {"val_reconstructions-0000000.png", "val_usage-0000000.png"}
-    task.tokenizer.codebook.updates.fill_(2000)  # the warm-up, in which there are no tokens, is over
+    codebook = task.tokenizer.codebook  # the warm-up, in which there are no tokens, is over
+    codebook.load_state_dict(codebook.state_dict() | {"updates": torch.tensor(2000)})
     data = make_data(image_folder)
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     found = task.eval().reconstruct(batch)

@@ -324,8 +324,10 @@ def test_load_tokenizer_takes_training_checkpoints_and_pretrained_folders(tmp_pa
         assert_same(loaded, vae)
         assert not any(p.requires_grad for p in loaded.parameters())
         assert not loaded.training
-        with pytest.raises(ValueError, match="schedule of"):
-            load_tokenizer(path, schedule=FocusSchedule(SIDES, patch_size=4, focus_states=1))
+        other = FocusSchedule(SIDES, patch_size=SCHEDULE.patch_size, focus_states=1)
+        assert load_tokenizer(path, schedule=other).schedule == other
+        with pytest.raises(ValueError, match="patch_size of the schedule must be the tokenizer's"):
+            load_tokenizer(path, schedule=FocusSchedule(SIDES, patch_size=8, focus_states=2))
     torch.save({"state_dict": state}, tmp_path / "tokenizer.ckpt")
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "tokenizer.ckpt")

@@ -1,130 +1,180 @@
-"""Every configuration in the repository builds its data module, task and trainer, on the meta device."""
+"""Every configuration in the repository makes an optimiser step through the command line, at a small size."""
 
 import functools
+import os
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from lightning import Trainer
-from PIL import Image
+from torch import distributed
 
-from fvar_lightning.cli import configs, main
-from fvar_lightning.data.tokens import TokenMeta, write_index, write_tokens
+import small_configs
+from fvar_lightning.cli import FVARCommandLine, main
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tokenizer.build import build_tokenizer
+from fvar_lightning.tokenizer.vqvae import VQVAE
+from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.official import export_var_checkpoint
 
-FOLDER = configs()
+FOLDER = small_configs.FOLDER
 ALL = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
-WHOLE = [name for name in ALL if {"data", "model"} <= set(yaml.safe_load((FOLDER / name).read_text()))]
-DATA = [name for name in ALL if name.startswith("data/")]
+WHOLE = [name for name in ALL if {"data", "model"} <= set(small_configs.read(name))]
+STUDENTS = [name for name in WHOLE if name.startswith("fvar_d")]
+QUICKSTART = ["quickstart/tokens.yaml", "quickstart/fvar.yaml"]
+OFFICIAL = "finetune/official_var.yaml"
+CACHED = ["tokens_256.yaml", "data/imagenet256_tokens.yaml"]
+"""Run by test_imagenet.py, one after the other."""
+PLAIN = [name for name in WHOLE if name not in (*QUICKSTART, OFFICIAL, *CACHED)]
+BETWEEN = [f"fvar_d{depth}_256.yaml" for depth in (20, 24, 30)]
+"""They differ from d12 and d16 in numbers alone."""
+DATA = [name for name in ALL if name.startswith("data/") and name not in CACHED]
+EVALUATION = [name for name in ALL if name.startswith("evaluation/")]
+OVERRIDES = [name for name in ALL if name.startswith(("ablation/", "trainer/"))]
 BASE = "fvar_d12_256.yaml"
-OVERRIDES = [name for name in ALL if name.startswith(("ablation/", "trainer/", "evaluation/"))]
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A small image folder, a token cache, and what writes tokenizers that fit a schedule."""
-    root = tmp_path_factory.mktemp("places")
-    for name in ("a", "b"):
-        (root / "images" / name).mkdir(parents=True)
-        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "images" / name / "0.png")
-    return {"root": str(root), "images": str(root / "images")}
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a strategy leaves behind: a process group, and where its processes meet."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
-def write_tokenizers(root: Path, schedule: FocusSchedule) -> list[str]:
-    """Tiny tokenizers of a schedule, as arguments of FVARTask."""
-    levels = schedule.patch_size.bit_length()
-    arguments = []
-    for kind in ("structure", "alias"):
-        description = {"kind": kind, "vocab_size": 8, "z_channels": 4, "ch": 4}
-        if kind == "structure":
-            description["ch_mult"] = [1] * levels
-        tokenizer = build_tokenizer(schedule=schedule, **description)
-        tokenizer.codebook.step()
-        description["schedule"] = {
-            "patch_nums": schedule.patch_nums,
-            "patch_size": schedule.patch_size,
-            "focus_states": schedule.focus_states,
-            "max_radius": schedule.max_radius,
-            "schedule": schedule.schedule,
-        }
-        weights = {f"tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}
-        path = root / f"{kind}_{abs(hash(str(description)))}.ckpt"
-        torch.save({"tokenizer": description, "state_dict": weights}, path)
-        arguments.append(f"--model.{kind}_tokenizer={path}")
-    return arguments
-
-
-def schedule_of(names: list[str]) -> FocusSchedule:
-    """What the configurations say of the schedule, later ones overriding."""
-    values: dict[str, object] = {}
-    for name in names:
-        data = yaml.safe_load((FOLDER / name).read_text()).get("data", {})
-        if isinstance(data, str):
-            data = yaml.safe_load(((FOLDER / name).parent / data).read_text())
-        values |= data.get("init_args", {}).get("schedule", {})
-    return FocusSchedule(**values)  # type: ignore[arg-type]
-
-
-def build(names: list[str], places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> object:
-    content = yaml.safe_load((FOLDER / names[0]).read_text())
-    root = Path(places["root"])
+def arguments(names: list[str], source: Path | str, root: Path) -> list[str]:
+    """The configurations with small sizes, and small tokenizers where they name some."""
+    schedule = small_configs.small_schedule(small_configs.schedule_of(names))
+    model = small_configs.read(names[0])["model"]
     args = [f"--config={FOLDER / name}" for name in names]
-    args += ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--trainer.default_root_dir={root}"]
-    model = content["model"]
-    if isinstance(model, str):
-        model = yaml.safe_load(((FOLDER / names[0]).parent / model).read_text())
-    tokens = isinstance(content["data"], dict) and content["data"]["class_path"] == "TokenDataModule"
-    schedule = schedule_of(["quickstart/structure.yaml"] if tokens else names)
-    if tokens:
-        cache = root / "cache"
-        length = schedule.length
-        write_tokens(cache, 0, torch.zeros(2, length).long(), torch.zeros(2, length).long(), torch.zeros(2).long())
-        write_index(cache, TokenMeta(schedule.patch_nums, ["a", "b"], 8, 8))
-        args.append(f"--data.path={cache}")
-    else:
-        args.append(f"--data.source={places['images']}")
+    args += small_configs.data_options(schedule, source) + small_configs.trainer_options(root)
+    args += small_configs.model_options(model["class_path"], schedule)
     if model["class_path"] == "FVARTask":
-        given = write_tokenizers(root, schedule)
-        # an ablation without an alias tokenizer must stay without
-        plain = any("alias_tokenizer: null" in (FOLDER / name).read_text() for name in names)
-        args += given[:1] if plain else given
-        if "initial_weights" in model["init_args"]:
-            # official weights are not at hand; test_checkpoints.py starts from small ones
-            args.append("--model.initial_weights=null")
-    for method in ("fit", "predict"):
-        original = getattr(Trainer, method)
-        monkeypatch.setattr(Trainer, method, functools.wraps(original)(lambda *args, **kwargs: None))
-    command = "predict" if names[0].endswith("tokens.yaml") else "fit"
-    with torch.device("meta"):
-        return main([command, *args])
+        options: dict[str, Any] = {}
+        for name in names:
+            options |= small_configs.read(name).get("model", {}).get("init_args", {})
+        paths = small_configs.write_tokenizers(root, schedule, small_configs.psf_of(names))
+        for kind, path in paths.items():
+            # an ablation without an alias tokenizer must stay without
+            if options[f"{kind}_tokenizer"] is not None:
+                args.append(f"--model.{kind}_tokenizer={path}")
+    return args
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_whole_configuration(name: str, places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    cli = build([name], places, monkeypatch)
-    depth = name.removeprefix("fvar_d").split("_")[0]
-    if depth.isdigit():
-        assert cli.model.student.depth == int(depth)
-        assert cli.model.student.width == 64 * int(depth)
-        assert cli.model.student.num_classes == 2
+def step(names: list[str], source: Path | str, root: Path, *more: str) -> FVARCommandLine:
+    cli = main(["fit", *arguments(names, source, root), *more])
+    stepped(cli)
+    return cli
+
+
+def stepped(cli: FVARCommandLine) -> None:
+    assert cli.trainer.global_step == 1
+    assert cli.trainer.callback_metrics["train/loss"].isfinite()
+    (optimizer,) = cli.trainer.optimizers
+    assert any(state["exp_avg"].any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in BETWEEN else n for n in PLAIN])
+def test_whole_configuration(name: str, image_folder: Path, tmp_path: Path) -> None:
+    step([name], image_folder, tmp_path)
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
-def test_override(name: str, places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    build([BASE, name], places, monkeypatch)
+def test_override(name: str, image_folder: Path, tmp_path: Path) -> None:
+    one = ["--trainer.strategy.init_args.data_parallel_size=1"] if name.startswith("trainer/fsdp2") else []
+    cli = step([BASE, name], image_folder, tmp_path, *one)
+    options = small_configs.read(name).get("trainer", {})
+    assert cli.trainer.precision == options.get("precision", "32-true")
+    if strategy := options.get("strategy"):
+        wanted = "DDPStrategy" if strategy == "ddp" else strategy["class_path"].split(".")[-1]
+        assert type(cli.trainer.strategy).__name__ == wanted
+        assert distributed.get_backend() == "gloo"
+
+
+def test_quickstart_writes_a_cache_and_trains_from_it(image_folder: Path, tmp_path: Path) -> None:
+    """Its two configurations of stage 2, with the tokenizers of its stage 1."""
+    caches = tmp_path / "tokens"
+    written = arguments(QUICKSTART[:1], image_folder, tmp_path)
+    for part in ("train", "val"):
+        options = [f"--data.part={part}", "--data.crops_per_image=1", f"--trainer.callbacks.folder={caches / part}"]
+        main(["predict", *written, "--data.predict=tokens", *options])
+    given = [option for option in written if option.startswith(("--model.", "--trainer."))]
+    given += [f"--data.path={caches / 'train'}", f"--data.val_path={caches / 'val'}", "--data.batch_size=2"]
+    cli = main(["fit", f"--config={FOLDER / QUICKSTART[1]}", *given])
+    stepped(cli)
+    assert cli.model.class_names == ["blue", "red"]
+
+
+def test_official_weights_are_fine_tuned(image_folder: Path, tmp_path: Path) -> None:
+    """At 256 px: the patches of official VAR's tokenizer are what they are."""
+    schedule = FocusSchedule(focus_states=1)
+    vae = VQVAE(schedule, targets="feature", vocab_size=16, z_channels=4, ch=32, ch_mult=(1, 1, 1, 1, 1))
+    var = VAR(schedule.patch_nums, vocab_size=16, z_channels=4, num_classes=5, depth=2)
+    with pytest.warns(UserWarning, match="official VAR builds its tokenizer with"):
+        export_var_checkpoint(vae, var, tmp_path / "vae.pth", tmp_path / "var.pth")
+    cli = main(["fit", f"--config={FOLDER / OFFICIAL}", *small_configs.trainer_options(tmp_path), "--model.depth=2",
+                f"--data.source={image_folder}", "--data.batch_size=1", f"--model.initial_weights={tmp_path}/var.pth",
+                f"--model.structure_tokenizer={tmp_path}/vae.pth"])  # fmt: skip
+    stepped(cli)
+    assert cli.model.num_classes == 2
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_data_fragment(name: str) -> None:
-    content = yaml.safe_load((FOLDER / name).read_text())
-    options = content["init_args"]
-    assert content["class_path"] == "ImageDataModule"
+def test_data_fragment(name: str, image_folder: Path, tmp_path: Path) -> None:
+    """As data of the smallest tokenizer."""
+    options = small_configs.read(name)["init_args"]
     assert FocusSchedule(**options["schedule"]).image_size == options["image_size"]
+    names = ["tokenizer/alias_tiny.yaml", name]
+    args = [option for option in arguments(names, options["source"], tmp_path) if "data/" not in option]
+    args.insert(1, f"--data={FOLDER / name}")
+    if options["source"] not in ("photographs", "FashionMNIST"):
+        args.append(f"--data.source={image_folder}")
+    if "root" in options:
+        write_fashion_mnist(tmp_path)
+        args.append(f"--data.root={tmp_path}")
+    stepped(main(["fit", *args]))
+
+
+def write_fashion_mnist(root: Path, count: int = 4) -> None:
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        head = struct.pack(">IIII", 2051, count, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + os.urandom(count * 784))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(range(count)))
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_evaluation_is_built(name: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do is run by test_imagenet.py."""
+    monkeypatch.setattr(Trainer, "fit", functools.wraps(Trainer.fit)(lambda *args, **kwargs: None))
+    cli = main(["fit", *arguments([BASE, name], image_folder, tmp_path)])
+    added = small_configs.read(name)["trainer"]["callbacks+"]
+    built = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert {callback["class_path"] for callback in added} <= set(built)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_sizes_are_those_of_the_name(name: str) -> None:
+    content = small_configs.read(name)
+    depth, size = map(int, name.removeprefix("fvar_d").removesuffix(".yaml").split("_"))
+    options = content["model"]["init_args"]
+    assert (options["depth"], content["data"]["init_args"]["image_size"]) == (depth, size)
+    with torch.device("meta"):
+        student = VAR(
+            FocusSchedule(**content["data"]["init_args"]["schedule"]).patch_nums,
+            vocab_size=8192,
+            depth=depth,
+            shared_aln=options.get("shared_aln", False),
+        )
+    assert student.width == options.get("width", 64 * depth) == 64 * depth
 
 
 def test_no_configuration_is_left_out() -> None:
     fragments = {"quickstart/data.yaml", "quickstart/student.yaml"}
-    assert set(ALL) == set(WHOLE) | set(DATA) | set(OVERRIDES) | fragments
+    assert set(ALL) == {*PLAIN, *QUICKSTART, OFFICIAL, *CACHED, *DATA, *OVERRIDES, *EVALUATION} | fragments

@@ -1,26 +1,34 @@
 """The tasks: losses, gradients, and `fvar` in process on tiny configurations."""
 
 import copy
+import dataclasses
+import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from fvar_lightning.cli import main
 from fvar_lightning.data.batches import ImageBatch, TokenBatch
+from fvar_lightning.data.token_cache import TokenCache
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
-from fvar_lightning.tasks.training import batch_generator, parameter_groups, warmup_linear
+from fvar_lightning.tasks.tokens import check_cache
+from fvar_lightning.tasks.training import WarmupLinear, batch_generator, parameter_groups
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.weights.checkpoints import load_tokenizer
 from fvar_lightning.weights.files import read_checkpoint
+from fvar_lightning.weights.identity import tokenizer_sha256
+from fvar_lightning.weights.pretrained import save_pretrained
 
 CONF = Path(__file__).parent / "conf"
 
@@ -84,23 +92,100 @@ def test_predict_writes_pictures_of_every_class(
     assert files == [f"{c:04d}_{n}/{3 * c + i:06d}.png" for c, n in enumerate(["blue", "red"]) for i in range(3)]
 
 
-def test_stage_two_trains_from_a_token_cache(tmp_path: Path, image_folder: Path, trained: dict[str, Path]) -> None:
-    cache = tmp_path / "tokens"
-    args = [f"--config={CONF / 'fvar.yaml'}", f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"]
-    main(["predict", *args, f"--data.source={image_folder}", *stage2_args(trained), "--data.predict=tokens",
-          "--data.crops_per_image=2", "--trainer.callbacks=TokenWriter",
-          f"--trainer.callbacks.folder={cache}"])  # fmt: skip
-    data = yaml.safe_dump(
-        {"data": {"class_path": "TokenDataModule", "init_args": {"path": str(cache), "batch_size": 4}}}
-    )
-    (tmp_path / "tokens.yaml").write_text(data)
-    model = yaml.safe_load((CONF / "fvar.yaml").read_text())
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump({k: model[k] for k in ("model", "trainer")}))
-    cli = main(["fit", f"--config={tmp_path / 'model.yaml'}", f"--config={tmp_path / 'tokens.yaml'}",
-                *stage2_args(trained), "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, trained: dict[str, Path]) -> list[str]:
+    """Training and validation tokens, through the command line; as arguments of it, with a model to train on them."""
+    root = tmp_path_factory.mktemp("caches")
+    args = [f"--config={CONF / 'fvar.yaml'}", f"--trainer.default_root_dir={root}", "--trainer.logger=false"]
+    for part in ("train", "val"):
+        main(["predict", *args, f"--data.source={image_folder}", *stage2_args(trained), "--data.predict=tokens",
+              f"--data.part={part}", "--data.crops_per_image=2", "--trainer.callbacks=TokenWriter",
+              f"--trainer.callbacks.folder={root / part}"])  # fmt: skip
+    content = yaml.safe_load((CONF / "fvar.yaml").read_text())
+    paths = {"path": str(root / "train"), "val_path": str(root / "val"), "batch_size": 4}
+    content["data"] = {"class_path": "TokenDataModule", "init_args": paths}
+    (root / "tokens.yaml").write_text(yaml.safe_dump(content))
+    return [f"--config={root / 'tokens.yaml'}"]
+
+
+def test_stage_two_trains_from_a_token_cache(tmp_path: Path, trained: dict[str, Path], caches: list[str]) -> None:
+    args = [*caches, f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.max_epochs=1"]
+    cli = main(["fit", *args, *stage2_args(trained), "--trainer.max_steps=-1"])
     assert cli is not None
-    assert cli.trainer.global_step == 4
+    assert cli.trainer.global_step == 8, "two crops of 16 images in batches of 4"
     assert cli.model.class_names == ["blue", "red"]
+    assert cli.trainer.callback_metrics["val/loss"] > 0
+    # its checkpoint stands alone, and knows that the tokens are its tokenizers'
+    cli.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for command in ("validate", "fit"):
+        cli = main([command, *args, f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_steps=16",
+                    "--trainer.max_epochs=-1"])  # fmt: skip
+        assert cli.model.token_meta() == cli.datamodule.train.meta
+    assert cli.trainer.global_step == 16
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "message"),
+    [
+        ("fit", "weights", r"structure.sha256 '(\w+)' instead of '(?!\1)\w+'; alias.sha256"),
+        ("validate", "weights", r"structure.sha256 '\w+' instead of '\w+'; alias.sha256"),
+        ("test", {"psf": "gaussian"}, "structure.psf 'disk' instead of 'gaussian'; alias.psf 'disk' instead of 'gau"),
+        ("fit", {"schedule": {"max_radius": 1.0}}, "schedule.max_radius None instead of 1.0"),
+    ],
+)
+def test_a_cache_of_another_tokenizer_is_refused(
+    command: str, change: object, message: str, trained: dict[str, Path], caches: list[str], tmp_path: Path
+) -> None:
+    """Of equal sizes."""
+    for kind, path in trained.items():
+        checkpoint = torch.load(path, weights_only=True)
+        if isinstance(change, dict):
+            description = checkpoint["tokenizer"]
+            for name, value in change.items():
+                description[name] = description[name] | value if isinstance(value, dict) else value
+        else:
+            for name, value in checkpoint["state_dict"].items():
+                checkpoint["state_dict"][name] = value + 1e-4 if value.is_floating_point() else value
+        torch.save(checkpoint, tmp_path / f"{kind}.ckpt")
+    others = {kind: tmp_path / f"{kind}.ckpt" for kind in trained}
+    with pytest.raises(ValueError, match=f"the token cache '.*train' was written with {message}"):
+        main([command, *caches, *stage2_args(others), f"--trainer.default_root_dir={tmp_path}",
+              "--trainer.logger=false"])  # fmt: skip
+
+
+def test_a_cache_without_alias_tokens_teaches_nobody(trained: dict[str, Path], caches: list[str]) -> None:
+    cache = TokenCache.open(Path(caches[0].removeprefix("--config=")).parent / "train")
+    task = make_task(trained)
+    check_cache(cache, task.token_meta())
+    plain = dataclasses.replace(cache, tokens=dataclasses.replace(cache.tokens, alias=None))
+    with pytest.raises(ValueError, match=r"alias.vocab_size None instead of 8"):
+        check_cache(plain, task.token_meta())
+    alone = make_task(trained, teacher_loss_weight=0.0, feature_weight=0.0, logit_weight=0.0)
+    for held in (cache, plain):
+        check_cache(held, alone.token_meta())
+
+
+def test_a_tokenizers_hash_is_of_what_tokens_depend_on(trained: dict[str, Path], stage2: Path, tmp_path: Path) -> None:
+    """The same by whatever way its weights came, and in whatever precision they then are."""
+    task = make_task(trained)
+    known = task.token_meta()
+    assert FVARTask.load_from_checkpoint(stage2, weights_only=True).token_meta().structure == known.structure
+    assert task.bfloat16().token_meta() == known
+
+    structure = load_tokenizer(trained["structure"])
+    sha256 = tokenizer_sha256(structure)
+    assert sha256 == known.structure.sha256
+    save_pretrained(tmp_path / "model", task.float().student, structure)
+    assert tokenizer_sha256(load_tokenizer(tmp_path / "model")) == sha256
+    structure.decoder.conv_out.bias.data += 1
+    structure.codebook.counts += 1
+    assert tokenizer_sha256(structure) == sha256
+    for change in (structure.encoder.conv_out.bias, structure.codebook.embedding.weight, structure.quant_conv.weight,
+                   next(structure.quantizer.phi.parameters())):  # fmt: skip
+        change.data += 1e-3
+        assert tokenizer_sha256(structure) != sha256
+        change.data -= 1e-3
+        sha256 = tokenizer_sha256(structure)
 
 
 def test_scale_dropout_teaches_partial_tokens_to_decode_to_their_focus_state(
@@ -283,15 +368,40 @@ def test_a_teacher_that_is_a_copy_teaches_nothing_in_training_either(trained: di
     assert terms["teacher"] == terms["student"]
 
 
-@pytest.mark.parametrize("trunk", ["shared", "separate"])
-def test_the_losses_compile_without_a_graph_break(trained: dict[str, Path], trunk: str) -> None:
-    task = make_task(trained, trunk=trunk).train()
+@pytest.mark.parametrize(
+    ("trunk", "recompute"),
+    [
+        ("shared", True),
+        ("separate", False),
+        pytest.param("shared", False, marks=pytest.mark.slow),
+        pytest.param("separate", True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_losses_compile_without_a_graph_break(trained: dict[str, Path], trunk: str, recompute: bool) -> None:
+    task = make_task(trained, trunk=trunk, recompute=recompute).train()
     batch = make_tokens(task)
     inputs = task.step_inputs(batch, batch_generator(torch.device("cpu"), 5))
     expected = gradients(task, task.terms(inputs)["loss"])
     compiled = torch.compile(task.terms, fullgraph=True, backend="eager")
     for name, gradient in gradients(task, compiled(inputs)["loss"]).items():
         torch.testing.assert_close(gradient, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_switch_compiles_every_block_once(trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no C++ compiler
+    task = make_task(trained, compile=True).train()
+    plain = copy.deepcopy(task)  # as weight averaging copies it: not compiled
+    inputs = task.step_inputs(make_tokens(task), batch_generator(torch.device("cpu"), 5))
+    torch._dynamo.reset()
+    counters.clear()
+    expected = gradients(plain, plain.terms(inputs)["loss"])
+    assert counters["stats"]["unique_graphs"] == 0
+    for name, gradient in gradients(task, task.terms(inputs)["loss"]).items():
+        torch.testing.assert_close(
+            gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert counters["stats"]["unique_graphs"] == 2  # the student's block and the teacher's
+    assert not counters["graph_break"]
 
 
 def test_teacher_is_not_pulled_by_the_distillation(trained: dict[str, Path]) -> None:
@@ -336,6 +446,9 @@ def test_without_weights_there_is_no_teacher(trained: dict[str, Path]) -> None:
         ({"logit_weight": -1.0}, "logit_weight must not be negative, got -1"),
         ({"feature_blocks": 3}, r"feature_blocks must lie in 1..2 \(alias_blocks\), got 3"),
         ({"label_dropout": 1.0}, "label_dropout must lie in"),
+        ({"lr_hold": -0.1}, r"lr_hold must lie in \[0, 1\], got -0.1"),
+        ({"weight_decay_final": -0.1}, "weight_decay_final must not be negative, got -0.1"),
+        ({"initial_gain": -1.0}, "initial_gain must not be negative, got -1"),
         ({"alias_blocks": 9}, r"alias_blocks must lie in 1..3"),
     ],
 )
@@ -377,7 +490,7 @@ def test_parameter_groups_spare_biases_and_positions(trained: dict[str, Path]) -
 
 def test_learning_rate_rises_then_falls() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    scheduler = warmup_linear(optimizer, steps=100, warmup=0.1, final=0.01)
+    scheduler = WarmupLinear(optimizer, steps=100, warmup=0.1, final=0.01)
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -386,6 +499,46 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[9] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(2 * (0.01 + 0.99 / 90))
+
+
+def test_rate_and_decay_are_those_of_official_runs() -> None:
+    steps, rising = 2000, 40
+    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    groups = [{"params": weights[:1]}, {"params": weights[1:], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3.0, weight_decay=0.05)
+    scheduler = WarmupLinear(optimizer, steps, warmup=0.02, final=0.1, hold=0.05, weight_decay_final=0.08)
+    for i in range(steps):
+        # lr_wd_annealing of official VAR, sche_type lin0
+        passed = (i - rising) / (steps - 1 - rising)
+        fallen = 1.0 if passed < 0.05 else 0.1 + 0.9 * (1 - passed) / 0.95
+        rate = 0.005 + 0.995 * i / rising if i < rising else fallen
+        decay = 0.08 + (0.05 - 0.08) * (0.5 + 0.5 * math.cos(math.pi * i / (steps - 1)))
+        # the rate of the first step, and where the fall ends
+        assert abs(optimizer.param_groups[0]["lr"] / 3 - rate) < (1 / rising if i < rising else 1 / (steps - rising))
+        assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(decay, rel=1e-9)
+        assert optimizer.param_groups[1]["weight_decay"] == 0
+        optimizer.step()
+        scheduler.step()
+
+
+def test_accumulated_batches_draw_each_their_own_and_count_as_one_step(
+    tmp_path: Path, image_folder: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+
+    def recorded(device: torch.device, *key: int) -> torch.Generator:
+        keys.append(key)
+        return batch_generator(device, *key)
+
+    monkeypatch.setattr("fvar_lightning.tasks.fvar.batch_generator", recorded)
+    # four batches an epoch, so two steps, the second of one batch
+    accumulate = ["--trainer.accumulate_grad_batches=3", "--trainer.max_epochs=2", "--trainer.max_steps=-1"]
+    fit("fvar.yaml", image_folder, tmp_path, [*stage2_args(trained), *accumulate, "--model.lr_warmup=0.5"])
+    assert len(keys) == len(set(keys)) == 8
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint["global_step"] == checkpoint["lr_schedulers"][0]["last_epoch"] == 4
+    # of four steps two rise; after the fourth the rate has fallen
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.1 * 1e-4)
 
 
 def test_batch_generator_depends_on_its_key_alone() -> None:

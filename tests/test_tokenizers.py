@@ -229,16 +229,35 @@ def test_codebook_larger_than_the_data_is_refused() -> None:
 def test_warm_up_is_unquantised_then_initialises(generator: torch.Generator) -> None:
     vae = VQVAE(SCHEDULE, **SMALL, warmup_steps=2)
     x = inputs("view", images(8, generator))
-    for _ in range(2):
+    codebook, drawn = vae.codebook, vae.codebook.embedding.weight.clone()
+    for step in range(3):
+        assert torch.equal(codebook.embedding.weight, drawn)
+        assert codebook.needs_init == (step == 2)
         quantized = vae(x)
         assert quantized.indices == []
         torch.testing.assert_close(quantized.stages[-1], vae.features(x)[-1])
         vae.eval()
         assert vae(x).indices == []
         vae.train()
-    before = vae.quantizer.codebook.embedding.weight.clone()
+        codebook.step()
+    assert not codebook.warming_up
+    assert not torch.equal(codebook.embedding.weight, drawn)
+    set_codes = codebook.embedding.weight.clone()
     assert len(vae(x).indices) == 3
-    assert not torch.equal(before, vae.quantizer.codebook.embedding.weight)
+    assert torch.equal(codebook.embedding.weight, set_codes)
+    codebook.step()
+    assert not torch.equal(codebook.embedding.weight, set_codes)
+
+
+def test_the_clock_is_that_of_a_loaded_checkpoint() -> None:
+    trained, codebook = Codebook(4, 2, warmup_steps=5), Codebook(4, 2, warmup_steps=5)
+    for _ in range(6):
+        trained.step()
+    assert codebook.warming_up
+    codebook.load_state_dict(trained.state_dict())
+    assert not codebook.warming_up
+    codebook.step()
+    assert codebook.updates == codebook.clock == 7
 
 
 def test_phi_begins_as_the_identity(generator: torch.Generator) -> None:
@@ -273,6 +292,7 @@ def test_alias_tokenizer_learns_residuals_of_few_patterns(generator: torch.Gener
         optimizer.zero_grad()
         (sum(errors) + passed.loss).backward()
         optimizer.step()
+        tokenizer.codebook.step()
     tokenizer.eval()
     a = [residual(1), residual(2), residual(4)]
     found = tokenizer.decode(tokenizer.encode(a))
@@ -286,6 +306,7 @@ def test_alias_tokenizer_round_trip(generator: torch.Generator) -> None:
     passed = tokenizer(residuals[:2])
     for target in passed.targets:
         assert target.std() == pytest.approx(1, abs=0.05)
+    tokenizer.codebook.step()
     tokenizer.eval()
     indices = tokenizer.encode(residuals)
     assert [i.shape for i in indices] == [(4, 1), (4, 4), (4, 16)]

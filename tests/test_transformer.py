@@ -42,7 +42,7 @@ def test_attention_per_scale_equals_one_masked_call() -> None:
     q, k, v = torch.randn(3, 2, 2, 14, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = LAYOUT.block_causal_mask()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
-    torch.testing.assert_close(block_causal_attention(q, k, v, LAYOUT.slices, 0.3), expected)
+    torch.testing.assert_close(torch.cat(block_causal_attention(q, k, v, LAYOUT.slices, 0.3), dim=2), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,6 +70,16 @@ def test_cached_equals_uncached(kind: dict[str, bool]) -> None:
     for rows in LAYOUT.slices:
         logits = var.logits(var.step(tokens[:, rows], modulations, cache), condition)
         torch.testing.assert_close(logits, expected[:, rows])
+
+
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_branches_start_open_by_the_initial_gain(shared_aln: bool) -> None:
+    var = VAR((1,), vocab_size=4, num_classes=2, depth=1, width=64, shared_aln=shared_aln, initial_gain=1e-3)
+    block = var.blocks[0]
+    weight = block.ada_gss[0, 0] if shared_aln else block.ada_lin[1].weight.unflatten(0, (6, 64))
+    drawn = 1 / 64**0.5 if shared_aln else 1 / (3 * 64) ** 0.5
+    found = weight.flatten(1).std(1) / drawn
+    torch.testing.assert_close(found.detach(), torch.tensor([1e-3] * 2 + [0.5] * 4), rtol=0.35, atol=0)
 
 
 def test_masks_of_stochastic_depth_keep_the_mean() -> None:

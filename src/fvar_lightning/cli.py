@@ -19,8 +19,10 @@ from fvar_lightning.callbacks import (
     TokenizerPictures,
 )
 from fvar_lightning.callbacks.checkpoint import LastCheckpoint
-from fvar_lightning.callbacks.writers import SampleWriter, TokenWriter
-from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
+from fvar_lightning.callbacks.tokens import TokenWriter
+from fvar_lightning.callbacks.writers import SampleWriter
+from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.metrics.extractors import EfficientNetLite0, Inception
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
@@ -49,7 +51,8 @@ COMPONENTS = (
 
 
 class FVARCommandLine(LightningCLI):
-    """LightningCLI in which the data module tells the task the schedule and the classes.
+    """LightningCLI in which a task of stage 1 gets the data module's schedule and point-spread function. (That of stage
+    2 asks the data module itself.)
 
     With ``--ckpt_path``, ``--model`` options of the command line count more than the checkpoint's hyper-parameters, and
     these more than configuration files. (In LightningCLI the checkpoint silently wins over both.)
@@ -59,8 +62,6 @@ class FVARCommandLine(LightningCLI):
         for leaf in ("patch_nums", "patch_size", "focus_states", "max_radius", "schedule"):
             parser.link_arguments(f"data.init_args.schedule.{leaf}", f"model.init_args.schedule.{leaf}")
         parser.link_arguments("data.init_args.psf", "model.init_args.psf")
-        for name in ("num_classes", "class_names"):
-            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Set the checkpoint aside, whose hyper-parameters LightningCLI would put on top of all else."""
@@ -106,9 +107,11 @@ class FVARCommandLine(LightningCLI):
     before_fit = before_validate = before_test = before_predict = load_weights_only
 
     def instantiate_classes(self) -> None:
-        """Report what a constructor refused as a command-line error, not as a traceback."""
+        """Report what a constructor refused, or a source without data, as a command-line error, not as a traceback."""
         try:
             super().instantiate_classes()
+            if self.subcommand != "predict" or getattr(self.datamodule, "predict", "samples") == "tokens":
+                getattr(self.datamodule, "class_names", None)
         except ValueError as error:
             root: BaseException = error
             while root.__cause__ is not None:
@@ -134,6 +137,7 @@ UPSTREAM_NOISE = (
     "Total length of .list. across ranks is zero",  # there may be no validation data
     "Found .* module.* in eval mode",  # the frozen tokenizers are meant to be
     ".*isinstance.treespec, LeafSpec",  # Lightning's own use of torch
+    "FSDP2-wrapped module .* returned a view",  # which nothing writes to
 )
 
 

@@ -117,11 +117,12 @@ class StudentEvaluation(Callback):
     # When they do it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse another task."""
+        """Refuse another task; this one takes the image size and the classes of the data module first."""
         if stage == "predict":
             return
         if not isinstance(pl_module, FVARTask):
             raise ValueError(f"{type(self).__name__} needs a FVARTask, got {type(pl_module).__name__}")
+        pl_module.follow_data()
         self.finished = False
         self.prepare(trainer, pl_module, stage)
 

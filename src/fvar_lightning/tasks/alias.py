@@ -8,7 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import SignalToNoise
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tasks.stage1 import NOT_KEPT, Stage1Task, default_optimizer
+from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
 
@@ -26,6 +26,7 @@ class AliasTokenizerTask(Stage1Task):
         optimizer: of all parameters.
         lr_warmup: part of the run during which the learning rate rises.
         lr_final: learning rate at the end over its peak.
+        compile: encoder and decoder with `torch.compile`. The codebook stays as it is.
     """
 
     tokenizer: AliasTokenizer
@@ -47,6 +48,7 @@ class AliasTokenizerTask(Stage1Task):
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup: float = 0.02,
         lr_final: float = 0.01,
+        compile: bool = False,
     ) -> None:
         schedule = FocusSchedule.of(schedule)
         tokenizer = AliasTokenizer(
@@ -71,9 +73,12 @@ class AliasTokenizerTask(Stage1Task):
             lr_final=lr_final,
             seed=0,
         )
-        self.save_hyperparameters(ignore=NOT_KEPT)
+        self.save_hyperparameters(ignore=["optimizer", "compile"])
         self.hparams["schedule"] = asdict(schedule)
         self.snr = SignalToNoise(self.scales)
+        if compile:
+            for part in (tokenizer.encoder, tokenizer.decoder):
+                part.compile()
 
     def run(self, batch: ImageBatch, generator: torch.Generator | None) -> Reconstruction:
         """The residuals of all scales but the last."""

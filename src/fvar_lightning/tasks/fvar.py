@@ -12,35 +12,27 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
-from fvar_lightning.data.modules import TokenDataModule
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
-from fvar_lightning.tasks.sharding import gathered, shard
+from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
+from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
+from fvar_lightning.tasks.tokens import check_cache, hashes, identity
 from fvar_lightning.tasks.training import (
+    WarmupLinear,
     batch_generator,
     check_views,
     parameter_groups,
     training_steps,
-    warmup_linear,
 )
 from fvar_lightning.tokenizer.alias import AliasTokenizer
-from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, token_losses
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.checkpoints import load_initial_weights, load_tokenizer
-from fvar_lightning.weights.describe import build, describe, differences
-
-
-def _tokenizer(source: str | dict[str, Any]) -> Tokenizer:
-    """From a checkpoint, or from a description, frozen."""
-    if isinstance(source, str):
-        return load_tokenizer(source)
-    tokenizer = build(source)
-    if isinstance(tokenizer, VAR):
-        raise ValueError("a tokenizer is described as a transformer")
-    return tokenizer.requires_grad_(False).eval()
+from fvar_lightning.weights.averages import state_of
+from fvar_lightning.weights.checkpoints import load_initial_weights
+from fvar_lightning.weights.describe import describe, differences
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -79,9 +71,11 @@ class FVARTask(LightningModule):
             tokenizer (needs targets ``view``).
         initial_weights: start the student from these: official VAR's file, a checkpoint of this task or a pretrained
             folder; class embeddings are new where the number of classes differs.
-        num_classes: from the data module.
-        class_names: from the data module.
-        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm: of the student, see `VAR`.
+        num_classes: None: those of the trainer's data module, whose schedule the tokenizers then serve too (see
+            `at_schedule`); student and teacher are built when the trainer asks for them (`configure_model`).
+        class_names: the data module's where left out.
+        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm, initial_gain, recompute: of the
+            student, see `VAR`.
         trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
         teacher_loss_weight: of the teacher's own cross-entropy.
         feature_weight: of the feature distillation (lambda_feat).
@@ -91,19 +85,29 @@ class FVARTask(LightningModule):
         guidance, top_k, top_p: of `generate`, for prediction.
         optimizer: of student and teacher.
         lr_warmup: part of the run during which the learning rate rises.
+        lr_hold: part of the rest during which it stays at its peak.
         lr_final: learning rate at the end over its peak.
+        weight_decay_final: weight decay at the end, to which the optimiser's changes by half a cosine; ``None``: none
+            of it changes.
         seed: of label dropout and stochastic depth.
+        compile: the blocks of student and teacher, each by itself, with `torch.compile`: training and validation, not
+            sampling. The time to compile does not grow with the depth.
+        deferred: build student and teacher when the trainer asks for them (`configure_model`) even if `num_classes` is
+            given, so that with `ModelParallelStrategy` no process but the first ever holds all of them.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
+
+    student: VAR
+    teacher: HighFrequencyTeacher | None
 
     def __init__(
         self,
         structure_tokenizer: str | dict[str, Any],
         alias_tokenizer: str | dict[str, Any] | None = None,
         initial_weights: str | None = None,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         class_names: list[str] | None = None,
         depth: int = 16,
         width: int | None = None,
@@ -111,6 +115,8 @@ class FVARTask(LightningModule):
         drop_path_rate: float | None = None,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
+        initial_gain: float = 1e-5,
+        recompute: bool = False,
         trunk: Literal["shared", "separate"] = "shared",
         alias_blocks: int = 2,
         alias_scales: int | None = None,
@@ -125,8 +131,12 @@ class FVARTask(LightningModule):
         top_p: float = 0.96,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup: float = 0.02,
+        lr_hold: float = 0.0,
         lr_final: float = 0.1,
+        weight_decay_final: float | None = None,
         seed: int = 0,
+        compile: bool = False,
+        deferred: bool = False,
     ) -> None:
         super().__init__()
         weights = {
@@ -146,59 +156,58 @@ class FVARTask(LightningModule):
             raise ValueError(f"feature_blocks must lie in 1..{alias_blocks} (alias_blocks), got {feature_blocks}")
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
-        self.save_hyperparameters(ignore=["optimizer"])
+        if not 0 <= lr_hold <= 1:
+            raise ValueError(f"lr_hold must lie in [0, 1], got {lr_hold}")
+        if weight_decay_final is not None and weight_decay_final < 0:
+            raise ValueError(f"weight_decay_final must not be negative, got {weight_decay_final}")
+        self.save_hyperparameters(ignore=["optimizer", "compile", "deferred"])
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
-        self.lr_plan = lr_warmup, lr_final
+        self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
-        vae = _tokenizer(structure_tokenizer)
-        if not isinstance(vae, VQVAE):
-            raise ValueError(f"structure_tokenizer {structure_tokenizer!r} holds an alias tokenizer")
-        self.vae = vae
-        self.alias_tokenizer = self._load_alias(alias_tokenizer)
-        # a checkpoint stands alone: it holds these weights
-        self.hparams["structure_tokenizer"] = describe(vae)
-        self.hparams["alias_tokenizer"] = None if self.alias_tokenizer is None else describe(self.alias_tokenizer)
-        self.hparams["initial_weights"] = None
-        self.student = VAR(
-            vae.schedule.patch_nums,
-            vocab_size=vae.vocab_size,
-            z_channels=vae.z_channels,
-            num_classes=num_classes,
-            depth=depth,
-            width=width,
-            heads=heads,
-            drop_path_rate=drop_path_rate,
-            shared_aln=shared_aln,
-            attn_l2_norm=attn_l2_norm,
-        )
-        if initial_weights is not None:
-            load_initial_weights(self.student, initial_weights)
-        self.teacher: HighFrequencyTeacher | None = None
-        if teacher_loss_weight > 0:
-            self.teacher = HighFrequencyTeacher(
-                self.student,
-                alias_channels=self._alias_source.z_channels,
-                alias_blocks=alias_blocks,
-                alias_scales=alias_scales,
-                alias_context=alias_context,
-                trunk=trunk,
-            )
+        self.initial_weights, self.compile_blocks = initial_weights, compile
+        self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
+        vae, alias = frozen_tokenizers(structure_tokenizer, alias_tokenizer)
+        # of files, before the trainer changes the precision; those of described tokenizers come with the checkpoint
+        described = isinstance(structure_tokenizer, dict) or isinstance(alias_tokenizer, dict)
+        self.tokenizers_sha256 = {} if described else hashes({"structure": vae, "alias": alias})
+        self._take_tokenizers(vae, alias)
+        if num_classes is not None and not deferred:
+            self.student, self.teacher = self._networks()
 
-    def _load_alias(self, source: str | dict[str, Any] | None) -> AliasTokenizer | None:
-        if source is None:
-            return None
-        tokenizer = _tokenizer(source)
-        if not isinstance(tokenizer, AliasTokenizer):
-            raise ValueError(f"alias_tokenizer {source!r} holds a structure tokenizer")
-        for name in ("schedule", "psf"):
-            ours, theirs = getattr(self.vae, name), getattr(tokenizer, name)
-            if ours not in (theirs, None):
-                raise ValueError(
-                    f"{name} of the two tokenizers must be equal: structure_tokenizer {ours}, alias_tokenizer {theirs}"
-                )
-        return tokenizer
+    def _take_tokenizers(self, vae: VQVAE, alias: AliasTokenizer | None) -> None:
+        """A checkpoint stands alone: their descriptions take the place of their files."""
+        self.vae, self.alias_tokenizer = vae, alias
+        self.hparams["structure_tokenizer"] = describe(vae)
+        self.hparams["alias_tokenizer"] = None if alias is None else describe(alias)
+
+    def _networks(self) -> Networks:
+        """Student and teacher, new, for the tokenizers' schedule."""
+
+        def options(*names: str) -> dict[str, Any]:
+            return {name: self.hparams[name] for name in names}
+
+        student = VAR(
+            self.vae.schedule.patch_nums,
+            vocab_size=self.vae.vocab_size,
+            z_channels=self.vae.z_channels,
+            **options("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm"),
+            **options("initial_gain", "recompute"),
+        )
+        if self.initial_weights is not None and not student.pos_start.is_meta:
+            load_initial_weights(student, self.initial_weights)
+        teacher = None
+        if self.teacher_loss_weight > 0:
+            teacher = HighFrequencyTeacher(
+                student,
+                alias_channels=self._alias_source.z_channels,
+                **options("alias_blocks", "alias_scales", "alias_context", "trunk"),
+            )
+        if self.compile_blocks:
+            for block in blocks(student, teacher):
+                block.compile()
+        return student, teacher
 
     @property
     def _alias_source(self) -> AliasTokenizer | VQVAE:
@@ -206,27 +215,54 @@ class FVARTask(LightningModule):
         return self.vae if self.alias_tokenizer is None else self.alias_tokenizer
 
     def configure_model(self) -> None:
-        """Shard student and teacher where the strategy is FSDP2 (`ModelParallelStrategy`)."""
-        if self.device_mesh is not None:
-            shard(self.student, self.teacher, self.device_mesh["data_parallel"])
+        """Build student and teacher where there are none yet; shard them where the strategy is FSDP2
+        (`ModelParallelStrategy`)."""
+        self.follow_data()
+        built = hasattr(self, "student")
+        if self.device_mesh is None:
+            if not built:
+                self.student, self.teacher = self._networks()
+            return
+        mesh, policy = self.device_mesh["data_parallel"], mixed_precision(self.trainer.precision)
+        if built:
+            shard(self.student, self.teacher, mesh, policy)
+        else:
+            self.student, self.teacher = build_sharded(self._networks, mesh, policy)
+
+    def follow_data(self) -> None:
+        """Take schedule and classes from the trainer's data module, unless the classes are known.
+
+        Raises:
+            ValueError: if there is no data module that knows its classes.
+        """
+        if self.num_classes is not None:
+            return
+        trainer = self._trainer
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        if trainer is None or names is None:
+            raise ValueError("num_classes must be given where no data module tells the classes, got None")
+        self._take_tokenizers(*at_data_schedule(self.vae, self.alias_tokenizer, trainer))
+        self.hparams["num_classes"] = len(names)
+        self.hparams["class_names"] = self.hparams["class_names"] or list(names)
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of other views, or of other tokens."""
+        """Refuse a data module of other views or classes."""
+        self.follow_data()
         check_views(self, self.vae.schedule, self._alias_source.psf)
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, TokenDataModule):
-            self._check_tokens(data.train.meta)
-
-    def _check_tokens(self, meta: TokenMeta) -> None:
-        own = self.token_meta()
-        for name in ("patch_nums", "structure_vocab", "alias_vocab"):
-            cached, wanted = getattr(meta, name), getattr(own, name)
-            if cached != wanted and not (name == "alias_vocab" and wanted == 0):
-                raise ValueError(f"{name} of the token cache must be the tokenizers' {wanted}, got {cached}")
+        # images to generate need no images, and so nobody to list them
+        asks_for_samples = stage == "predict" and getattr(data, "predict", "samples") == "samples"
+        if not asks_for_samples and (classes := getattr(data, "num_classes", None)) not in (None, self.num_classes):
+            raise ValueError(f"num_classes must be the data module's {classes}, got {self.num_classes}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files."""
+        """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files; and which
+        tokenizers these are."""
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
+        checkpoint["tokenizers_sha256"] = self.tokenizers_sha256
+        # averaging what never changes moves it by rounding errors, which add up over a run
+        frozen = {n: x for n, x in state_of(checkpoint, "raw").items() if n.startswith(("vae.", "alias_tokenizer."))}
+        checkpoint["state_dict"].update(frozen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another student.
@@ -237,15 +273,20 @@ class FVARTask(LightningModule):
         sizes = {name: x for name, x in describe(self.student).items() if name != "drop_path_rate"}
         if differing := differences(checkpoint.get("networks", {}).get("student", {}), sizes):
             raise ValueError(f"the checkpoint is of another student: {differing}")
+        self.tokenizers_sha256 = checkpoint.get("tokenizers_sha256", {})
 
-    def on_fit_start(self) -> None:
-        """Refuse tokenizers that are described but came with no checkpoint.
+    def _check_tokens(self) -> None:
+        """Refuse tokenizers without weights, and a cache of another's tokens: once weights are loaded.
 
         Raises:
-            ValueError: saying what is missing.
+            ValueError: saying what is missing, or what differs.
         """
-        if self.vae.codebook.warming_up:
-            raise ValueError("structure_tokenizer is a description without weights: give its checkpoint")
+        own = self.token_meta()
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TokenDataModule):
+            check_cache(data.train.cache, own)
+
+    on_train_start = on_validation_start = on_test_start = _check_tokens
 
     def train(self, mode: bool = True) -> "FVARTask":
         """Training mode, but never for the frozen tokenizers."""
@@ -306,14 +347,16 @@ class FVARTask(LightningModule):
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         terms = self.losses(self.tokens(batch), batch_generator(self.device, *key))
-        self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
+        for name, value in terms.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         return terms["loss"]
 
     def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
         """Log every term as ``val/*``."""
         terms = self.losses(self.tokens(batch))
-        values = {f"val/{k}": v for k, v in terms.items()}
-        self.log_dict(values, sync_dist=True, prog_bar=True, batch_size=len(batch.labels))
+        for name, value in terms.items():
+            batch_size = len(batch.labels)
+            self.log(f"val/{name}", value, sync_dist=True, prog_bar=name == "loss", batch_size=batch_size)
 
     test_step = validation_step
 
@@ -334,23 +377,39 @@ class FVARTask(LightningModule):
         return self.tokens(batch)
 
     def token_meta(self) -> TokenMeta:
-        """What a cache of this task's tokens holds."""
+        """What this task's tokens are.
+
+        Raises:
+            ValueError: if the tokenizers are described but came with no checkpoint.
+        """
+        if self.vae.codebook.warming_up:
+            raise ValueError("structure_tokenizer is a description without weights: give its checkpoint")
+        known = self.tokenizers_sha256 = self.tokenizers_sha256 or hashes(
+            {"structure": self.vae, "alias": self.alias_tokenizer}
+        )
+        kind = "structure" if self.alias_tokenizer is None else "alias"
         return TokenMeta(
-            patch_nums=self.vae.schedule.patch_nums,
+            schedule=self.vae.schedule,
             class_names=self.class_names,
-            structure_vocab=self.vae.vocab_size,
-            alias_vocab=self._alias_source.vocab_size if self.teacher is not None else 0,
+            structure=identity(self.vae, known["structure"]),
+            alias=None if self.teacher is None else identity(self._alias_source, known[kind]),
+            alias_deviations=self.alias_tokenizer.deviations if self.teacher and self.alias_tokenizer else None,
         )
 
     @property
     def class_names(self) -> list[str]:
         """Name of every label; its number where there is none."""
-        return self.hparams["class_names"] or [str(label) for label in range(self.student.num_classes)]
+        return self.hparams["class_names"] or [str(label) for label in range(self.num_classes or 0)]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels; None until the data module has told."""
+        return self.hparams["num_classes"]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser with a learning rate that warms up and then falls linearly."""
+        """The optimiser with a learning rate that warms up and then falls linearly, and with its weight decay."""
         modules = [m for m in (self.student, self.teacher) if m is not None]
         optimizer = self.optimizer_factory(parameter_groups(modules))
         steps = training_steps(self.trainer)
-        scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
+        scheduler = WarmupLinear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

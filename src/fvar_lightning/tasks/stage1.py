@@ -14,19 +14,16 @@ from torch.utils.data import DataLoader
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import CodebookUsage
 from fvar_lightning.tasks.training import (
+    WarmupLinear,
     batch_generator,
     check_views,
     parameter_groups,
     training_steps,
-    warmup_linear,
 )
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.losses import pixel_loss
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
 from fvar_lightning.weights.describe import describe
-
-NOT_KEPT = ["optimizer", "num_classes", "class_names"]
-"""Arguments that are no hyper-parameters; the classes the command line offers every task, and would keep here."""
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -103,9 +100,12 @@ class Stage1Task(LightningModule):
     def on_train_start(self) -> None:
         """Refuse batches that are too small to initialise the codebook; warn of a run that ends before."""
         codebook, loader = self.tokenizer.codebook, self.trainer.train_dataloader
-        if isinstance(loader, DataLoader) and codebook.updates <= codebook.warmup_steps:
-            images = min(loader.batch_size or 1, len(cast(Sized, loader.sampler))) * self.trainer.world_size
-            codebook.check_pool([images * side**2 for side in self.schedule.patch_nums[: self.scales]])
+        if isinstance(loader, DataLoader) and codebook.warming_up:
+            images = min(
+                (loader.batch_size or 1) * self.trainer.accumulate_grad_batches, len(cast(Sized, loader.sampler))
+            )
+            sides = self.schedule.patch_nums[: self.scales]
+            codebook.check_pool([images * self.trainer.world_size * side**2 for side in sides])
         if codebook.warmup_steps >= self.trainer.estimated_stepping_batches:
             rank_zero_warn(
                 f"warmup_steps {codebook.warmup_steps} leaves no step of the run's "
@@ -119,8 +119,13 @@ class Stage1Task(LightningModule):
         loss, pixel = self._loss(passed)
         terms = {"pixel": pixel, "vq": passed.loss}
         loss = self.further_losses(passed, loss, terms)
-        self.log_dict({f"train/{k}": v for k, v in {"loss": loss, **terms}.items()}, prog_bar=True)
+        for name, value in {"loss": loss, **terms}.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The codebook's step: once for each of the optimiser's, before any checkpoint of it."""
+        self.tokenizer.codebook.step()
 
     def _loss(self, passed: Reconstruction) -> tuple[Tensor, Tensor]:
         pairs = zip(passed.decoded, passed.targets, strict=True)
@@ -155,5 +160,5 @@ class Stage1Task(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with a learning rate that warms up and then falls linearly."""
         optimizer = self.optimizer_factory(self.parameters_to_train())
-        scheduler = warmup_linear(optimizer, training_steps(self.trainer), *self.lr_plan)
+        scheduler = WarmupLinear(optimizer, training_steps(self.trainer), *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -12,7 +12,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tasks.stage1 import NOT_KEPT, Stage1Task, default_optimizer
+from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
 from fvar_lightning.tokenizer.losses import (
     TEXTURE_WINDOW,
     Discriminator,
@@ -54,12 +54,15 @@ class TokenizerTask(Stage1Task):
         lr_warmup: part of the run during which the learning rate rises.
         lr_final: learning rate at the end over its peak.
         seed: of noise and scale dropout.
+        compile: encoder and decoder with `torch.compile`, but for the decoder's last layer, whose gradients alone the
+            adaptive weight asks for. The codebook stays as it is.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
 
     tokenizer: VQVAE
+    states: Tensor
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class TokenizerTask(Stage1Task):
         lr_warmup: float = 0.02,
         lr_final: float = 0.01,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         schedule = FocusSchedule.of(schedule)
         for name, value, choices in (
@@ -135,16 +139,20 @@ class TokenizerTask(Stage1Task):
             lr_final=lr_final,
             seed=seed,
         )
-        self.save_hyperparameters(ignore=NOT_KEPT)
+        self.save_hyperparameters(ignore=["optimizer", "compile"])
         self.hparams["schedule"] = asdict(schedule)
         self.perceptual_weight, self.texture_weight = perceptual_weight, texture_weight
         self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
         self.scale_dropout, self.noise = scale_dropout, tuple(noise)
+        self.register_buffer("states", torch.tensor(schedule.states), persistent=False)
         self.perceptual = perceptual
         # in a list: a frozen network is neither trained nor saved
         self._perceptual: list[nn.Module] = []
         self.discriminator = build_discriminator(discriminator, discriminator_ch) if adversarial_weight > 0 else None
         self.psnr = PeakSignalNoiseRatio(data_range=2.0)
+        if compile:
+            for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):
+                part.compile()
 
     def setup(self, stage: str) -> None:
         """Refuse a data module of other views; for a fit, load the network of the perceptual loss."""
@@ -173,9 +181,8 @@ class TokenizerTask(Stage1Task):
         if generator is not None and self.scale_dropout > 0:
             scale = self._last_scales(len(target), generator)
             rows = torch.arange(len(target), device=self.device)
-            states = torch.tensor(self.schedule.states, device=self.device)
             f_hat = torch.stack(quantized.stages)[scale, rows]
-            target = torch.stack(batch.blurred)[states[scale], rows]
+            target = torch.stack(batch.blurred)[self.states[scale], rows]
         image = self.tokenizer.decode_features(f_hat)
         return Reconstruction([image], [target], quantized.indices, quantized.loss)
 

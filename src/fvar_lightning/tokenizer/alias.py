@@ -3,7 +3,7 @@
 Legend: B batch, S scales, pn_s side of token map s, p patch size, W width, Z latent channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,8 @@ class AliasTokenizer(nn.Module):
         return torch.where(variance > 0, variance.sqrt(), 1.0)
 
     def forward(self, residuals: Sequence[Tensor]) -> Reconstruction:
-        """A training pass: decoded residuals at unit variance, beside what they should be.
+        """A training pass: decoded residuals at unit variance, beside what they should be. The codebook's `step` is to
+        follow the optimiser's.
 
         Args:
             residuals: A_s of the first n scales (the last scale's is zero by construction), (B, 3, pn_s p, pn_s p).
@@ -120,19 +121,17 @@ class AliasTokenizer(nn.Module):
         loss = vectors[0].new_zeros(())
         indices: list[Tensor] = []
         quantised = features
+        if self.codebook.needs_init:
+            self.codebook.collect([z.detach() for z in vectors])
         if not self.codebook.warming_up:
-            if self.codebook.needs_init:
-                self.codebook.initialise([z.detach() for z in vectors])
             chosen = [self.codebook.nearest(z.detach()) for z in vectors]
             if self.training:
-                self.codebook.update([z.detach() for z in vectors], chosen)
+                self.codebook.collect([z.detach() for z in vectors], chosen)
             indices = [i.view(len(z), -1) for i, z in zip(chosen, features, strict=True)]
             codes = [self._code_map(i) for i in indices]
             loss = sum((F.mse_loss(z, c) for z, c in zip(features, codes, strict=True)), loss)
             loss = loss * self.commitment / len(features)
             quantised = [z + (c - z).detach() for z, c in zip(features, codes, strict=True)]
-        if self.training:
-            self.codebook.step()
         return Reconstruction([self.decoder(q) for q in quantised], targets, indices, loss)
 
     @torch.no_grad()
@@ -143,6 +142,32 @@ class AliasTokenizer(nn.Module):
             variance /= distributed.get_world_size()
         self.variance[: len(variance)].lerp_(variance, self.momentum)
         self.batches += 1
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Take the standard deviations of the given residuals.
+
+        Args:
+            batches: each A_s of the first n scales, (B, 3, pn_s p, pn_s p).
+        """
+        squares = torch.zeros(self.schedule.num_scales, dtype=torch.float64)
+        counts = torch.zeros_like(squares)
+        for residuals in batches:
+            n = len(residuals)
+            squares[:n] += torch.stack([exact(a).square().sum() for a in residuals]).cpu()
+            counts[:n] += torch.tensor([a.numel() for a in residuals])
+        self.set_deviations((squares / counts.clamp_min(1)).sqrt().tolist())
+
+    @property
+    def deviations(self) -> list[float]:
+        """Standard deviation of every scale's residual; 1 where there is none."""
+        return [self.std(scale).item() for scale in range(self.schedule.num_scales)]
+
+    @torch.no_grad()
+    def set_deviations(self, deviations: Sequence[float]) -> None:
+        """Take these standard deviations of all scales, as if of the first batch of a training."""
+        self.variance.copy_(self.momentum * torch.tensor(deviations, dtype=torch.float64).square())
+        self.batches.fill_(1)
 
     def _code_map(self, indices: Tensor) -> Tensor:
         return rearrange(self.codebook(indices), "b (h w) c -> b c h w", h=round(indices.shape[1] ** 0.5))

@@ -18,13 +18,35 @@ FADED = 1e-5
 """Moving average of a code's uses below which it no longer moves."""
 
 
+def _place() -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
 def _joined(x: Tensor) -> Tensor:
     """Rows of all processes, in rank order. Every process must hold the same number."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    _, processes = _place()
+    if processes == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    parts = [torch.empty_like(x) for _ in range(processes)]
     distributed.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def _summed(*tables: Tensor) -> Sequence[Tensor]:
+    """Sums over all processes of tables of equal height, in one exchange."""
+    if _place()[1] == 1:
+        return tables
+    joined = torch.cat(tables, dim=1)
+    distributed.all_reduce(joined)
+    return joined.split([table.shape[1] for table in tables], dim=1)
+
+
+def _forget_clock(codebook: "Codebook", _: object) -> None:
+    """Loading has set another one."""
+    codebook._clock = None
 
 
 def _distinct_first(rows: Tensor) -> Tensor:
@@ -45,16 +67,18 @@ def exact(z: Tensor) -> Tensor:
 class Codebook(nn.Module):
     """V vectors that follow the data by exponential moving averages (VQ-VAE, appendix A.1).
 
-    It begins un-quantised: for `warmup_steps` training steps nothing is looked up, then the codes are set by k-means on
-    that batch's vectors. Codes that no vector chose for `revive_after` updates are replaced by vectors of
-    the current batch. All statistics are summed over processes, all state lies in buffers and survives a resume.
+    Passes in training mode `collect` what they saw; `step`, called once for every step of the optimiser, however many
+    passes that had, moves the codes. They begin un-quantised: for `warmup_steps` steps and one more nothing is looked
+    up, and the end of that one sets the codes by k-means on its vectors. Codes that no vector chose for `revive_after`
+    steps are replaced by vectors of the current one. All statistics are summed over processes; all state lies in
+    buffers and survives a resume. No step but the one that sets the codes waits for the device.
 
     Args:
         vocab_size: V.
         channels: C.
         decay: of the moving averages.
-        warmup_steps: training steps before the codes are initialised.
-        revive_after: updates without a use after which a code is replaced.
+        warmup_steps: steps of the optimiser before the one that initialises the codes.
+        revive_after: steps without a use after which a code is replaced.
         cosine: look up by the angle between vector and code instead of their distance. The codes themselves remain
             means of vectors, of any length.
     """
@@ -86,6 +110,9 @@ class Codebook(nn.Module):
         self.register_buffer("counts", torch.ones(vocab_size))
         self.register_buffer("sums", self.embedding.weight.detach().clone())
         self.register_buffer("idle", torch.zeros(vocab_size, dtype=torch.long))
+        self._clock: int | None = None
+        self._collected: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.register_load_state_dict_post_hook(_forget_clock)
 
     updates: Tensor
     counts: Tensor
@@ -103,14 +130,21 @@ class Codebook(nn.Module):
         return self.embedding.embedding_dim
 
     @property
+    def clock(self) -> int:
+        """Steps so far: `updates` on the host, where asking waits for no device."""
+        if self._clock is None:
+            self._clock = int(self.updates)
+        return self._clock
+
+    @property
     def warming_up(self) -> bool:
-        """Whether everything still passes un-quantised; the training step after the warm-up sets the codes."""
-        return int(self.updates) < self.warmup_steps + (not self.training)
+        """Whether everything still passes un-quantised: no step has set the codes."""
+        return self.clock <= self.warmup_steps
 
     @property
     def needs_init(self) -> bool:
-        """Whether the next training step has to initialise the codes."""
-        return self.training and int(self.updates) == self.warmup_steps
+        """Whether this training step has to initialise the codes."""
+        return self.training and self.clock == self.warmup_steps
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Indices of the nearest codes: (N, C) -> (N,) int64. Under autocast too in the precision of its arguments."""
@@ -141,6 +175,30 @@ class Codebook(nn.Module):
                 "lower vocab_size or raise batch_size"
             )
 
+    def collect(self, vectors: Sequence[Tensor], indices: Sequence[Tensor] = ()) -> None:
+        """Keep for `step` what a pass in training mode saw.
+
+        Args:
+            vectors: of every scale, (N_s, C) each, without gradients.
+            indices: the codes they chose, (N_s,) each; none where the step is to initialise the codes.
+        """
+        self._collected.append((list(vectors), list(indices)))
+
+    def step(self) -> None:
+        """End a step of the optimiser: set or move the codes by what its passes have collected, and count it."""
+        if self._collected:
+            pool, indices = (
+                [torch.cat(parts) for parts in zip(*passes, strict=True)]
+                for passes in zip(*self._collected, strict=True)
+            )
+            self._collected.clear()
+            if self.warming_up:
+                self.initialise(pool)
+            else:
+                self.update(pool, indices)
+        self._clock = self.clock + 1
+        self.updates.fill_(self._clock)
+
     @torch.no_grad()
     def initialise(self, pool: Sequence[Tensor]) -> None:
         """Set the codes by k-means on `pool`, one (N_s, C) tensor per scale, no scale giving more than its share.
@@ -148,7 +206,7 @@ class Codebook(nn.Module):
         Raises:
             ValueError: if the pool holds fewer vectors than there are codes.
         """
-        vectors = self._draw(pool, POOL * self.vocab_size, replacement=False)
+        vectors = self._draw(pool, POOL * self.vocab_size)
         self.check_pool([len(vectors)])
         vectors = vectors[torch.randperm(len(vectors), generator=self._generator()).to(vectors.device)]
         codes = vectors[_distinct_first(vectors)[: self.vocab_size]]
@@ -170,46 +228,52 @@ class Codebook(nn.Module):
             pool: vectors of every scale, (N_s, C) each.
             indices: the codes they chose, (N_s,) each.
         """
-        counts, sums = self._assigned(torch.cat(list(pool)), torch.cat(list(indices)))
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(counts)
-            distributed.all_reduce(sums)
-        self.counts.lerp_(counts, 1 - self.decay)
+        vectors = torch.cat(list(pool))
+        counts, sums = self._assigned(vectors, torch.cat(list(indices)))
+        counts, sums, donors = _summed(counts[:, None], sums, self._donors(vectors, [len(z) for z in pool]))
+        self.counts.lerp_(counts[:, 0], 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        self.idle.add_(1).mul_(counts == 0)
+        self.idle.add_(1).mul_(counts[:, 0] == 0)
+        # everywhere, if mostly in vain: asking whether there is any would wait for the device
         idle = self.idle >= self.revive_after
-        if idle.any():
-            self.sums[idle] = self._draw(pool, int(idle.sum()), replacement=True)
-            self.counts[idle] = 1
-            self.idle[idle] = 0
+        self.sums.copy_(torch.where(idle[:, None], donors, self.sums))
+        self.counts.masked_fill_(idle, 1)
+        self.idle.masked_fill_(idle, 0)
         # a code that fades before it is revived stays where it was
         means = self.sums / self.counts.clamp_min(FADED)[:, None]
         self.embedding.weight.copy_(torch.where(self.counts[:, None] > FADED, means, self.embedding.weight))
 
-    def step(self) -> None:
-        """Count a training step."""
-        self.updates += 1
-
     def _assigned(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        counts = torch.bincount(indices, minlength=self.vocab_size).to(vectors.dtype)
+        """How many vectors chose each code, (V,), and their sums, (V, C)."""
+        counts = vectors.new_zeros(self.vocab_size).index_add_(0, indices, torch.ones_like(vectors[:, 0]))
         return counts, torch.zeros_like(self.sums).index_add_(0, indices, vectors)
 
     def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(int(self.updates))
+        return torch.Generator().manual_seed(self.clock)
 
-    def _draw(self, pool: Sequence[Tensor], n: int, *, replacement: bool) -> Tensor:
+    def _draw(self, pool: Sequence[Tensor], n: int) -> Tensor:
         """About n vectors of all processes, the scales weighing the same; the same draw in every process."""
         pool = [_joined(z) for z in pool]
         generator = self._generator()
         share = -(-n // len(pool))
-        drawn = []
-        for z in pool:
-            if replacement:
-                rows = torch.randint(len(z), (share,), generator=generator)
-            else:
-                rows = torch.randperm(len(z), generator=generator)[:share]
-            drawn.append(z[rows.to(z.device)])
-        vectors = torch.cat(drawn)
-        if replacement:
-            vectors = vectors[torch.randperm(len(vectors), generator=generator)[:n].to(vectors.device)]
-        return vectors
+        return torch.cat([z[torch.randperm(len(z), generator=generator)[:share].to(z.device)] for z in pool])
+
+    def _donors(self, vectors: Tensor, sizes: Sequence[int]) -> Tensor:
+        """A vector for every code, (V, C), drawn from all processes with repeats, the scales weighing the same. Zeros
+        where another process holds the vector.
+
+        Args:
+            vectors: of all scales of this process, (N, C).
+            sizes: how many are each scale's.
+        """
+        rank, processes = _place()
+        generator = self._generator()
+        share = -(-self.vocab_size // len(sizes))
+        drawn, first = [], 0
+        for size in sizes:
+            row = torch.randint(size * processes, (share,), generator=generator)
+            drawn.append(torch.where(row // size == rank, first + row % size, -1))
+            first += size
+        order = torch.randperm(share * len(sizes), generator=generator)[: self.vocab_size]
+        rows = torch.cat(drawn)[order].to(vectors.device, non_blocking=True)
+        return torch.where(rows[:, None] < 0, 0, vectors[rows.clamp_min(0)])

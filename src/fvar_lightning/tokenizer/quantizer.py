@@ -101,7 +101,7 @@ class MultiScaleQuantizer(nn.Module):
         return rearrange(exact(self.codebook(indices)), "b (h w) c -> b c h w", h=round(indices.shape[1] ** 0.5))
 
     def forward(self, features: Sequence[Tensor], references: Sequence[Tensor] | None = None) -> Quantized:
-        """Quantise, and in training mode keep the codebook up.
+        """Quantise; in training mode the codebook collects what its `step` needs.
 
         Args:
             features: z_s, S tensors (B, C, pn_s, pn_s).
@@ -110,13 +110,7 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(features[0].device.type, enabled=False):
             features = [exact(z) for z in features]
             references = features if references is None else [exact(z) for z in references]
-            if self.codebook.warming_up:
-                if self.training:
-                    self.codebook.step()
-                return self._warm_up(features, references)
-            if self.codebook.needs_init:
-                self.codebook.initialise(self._residuals(features)[0])
-            return self._quantise(features, references)
+            return (self._warm_up if self.codebook.warming_up else self._quantise)(features, references)
 
     def _quantise(self, features: Sequence[Tensor], references: Sequence[Tensor]) -> Quantized:
         f_hat = torch.zeros_like(features[-1])
@@ -136,8 +130,7 @@ class MultiScaleQuantizer(nn.Module):
             through = self.up(reference)
             stages.append(f_hat.detach() + through - through.detach())
         if self.training:
-            self.codebook.update(pool, chosen)
-            self.codebook.step()
+            self.codebook.collect(pool, chosen)
         maps = [i.view(len(z), -1) for i, z in zip(chosen, features, strict=True)]
         return Quantized(stages, maps, loss / len(features))
 
@@ -157,7 +150,9 @@ class MultiScaleQuantizer(nn.Module):
 
     def _warm_up(self, features: Sequence[Tensor], references: Sequence[Tensor]) -> Quantized:
         """Everything passes unquantised, and phi learns to add up exact residuals."""
-        _, f_hats = self._residuals([z.detach() for z in features])
+        residuals, f_hats = self._residuals([z.detach() for z in features])
+        if self.codebook.needs_init:
+            self.codebook.collect(residuals)
         losses = [
             F.mse_loss(self._like(f, r, s), r.detach()) for s, (f, r) in enumerate(zip(f_hats, references, strict=True))
         ]

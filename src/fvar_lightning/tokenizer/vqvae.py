@@ -147,7 +147,8 @@ class VQVAE(nn.Module):
         return self.quant_conv(self.encoder(images))
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Quantized:
-        """Encode and quantise for training; decode a stage with `decode_features`."""
+        """Encode and quantise for training; decode a stage with `decode_features`. The codebook's `step` is to follow
+        the optimiser's."""
         maps = self._encoder_maps(x)
         return self.quantizer(self._averaged(maps), maps)
 

@@ -5,18 +5,14 @@ Legend: B batch, L tokens, C width, H heads, D = C / H.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-
-def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), of which only the tensors among `args` are kept for the backward pass, which calls it again."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+from fvar_lightning.activations import recomputed
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -57,15 +53,24 @@ class KVCache:
                 self._storage[block] = pair[0][:batch].clone(), pair[1][:batch].clone()
 
 
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, slices: Sequence[slice], scale: float) -> Tensor:
-    """Every scale reads itself and the scales before it: (B, H, L, D) each -> (B, H, L, D).
+def normalised(q: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, H, L, D) of cosine attention, from temperatures (1, H, 1, 1) too; float32 under autocast."""
+    return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+
+
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, slices: Sequence[slice], scale: float) -> list[Tensor]:
+    """Every scale reads itself and the scales before it: (B, H, L, D) each -> (B, H, l, D) of every scale.
 
     One call per scale without a mask is exact, lets fused kernels run, and needs no (L, L) tensor.
     """
-    outputs = [
+    return [
         F.scaled_dot_product_attention(q[:, :, s], k[:, :, : s.stop], v[:, :, : s.stop], scale=scale) for s in slices
     ]
-    return torch.cat(outputs, dim=2)
+
+
+def merged(heads: Sequence[Tensor]) -> Tensor:
+    """What heads read for every scale, (B, H, l, D) each -> tokens (B, L, C)."""
+    return torch.cat([rearrange(x, "b h l d -> b l (h d)") for x in heads], dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -91,7 +96,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, slices: Sequence[slice]) -> Tensor:
         """Tokens of all scales, (B, L, C) -> (B, L, C); every scale reads itself and the scales before it."""
         q, k, v = self._qkv(x)
-        return self._projected(block_causal_attention(q, k, v, slices, self.scale))
+        return recomputed(self._projected, *block_causal_attention(q, k, v, slices, self.scale))
 
     def step(self, x: Tensor, cache: KVCache, block: int) -> Tensor:
         """Tokens of the next scale, (B, l, C) -> (B, l, C); they read everything block `block` has cached."""
@@ -104,13 +109,11 @@ class SelfAttention(nn.Module):
         qkv = F.linear(x, self.mat_qkv.weight, bias)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
         if self.l2_norm:
-            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(self.MAX_SCALE).exp()
-            k = F.normalize(k, dim=-1)
-        # autocast normalises in float32
+            q, k = recomputed(normalised, q, k, self.scale_mul_1H11.clamp_max(self.MAX_SCALE).exp())
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def _projected(self, heads: Tensor) -> Tensor:
-        return self.proj(rearrange(heads, "b h l d -> b l (h d)"))
+    def _projected(self, *heads: Tensor) -> Tensor:
+        return self.proj(merged(heads))
 
 
 class FFN(nn.Module):
@@ -122,7 +125,10 @@ class FFN(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return recomputed(self._contract, self.fc1(x))
+
+    def _contract(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(x, approximate="tanh"))
 
 
 class AdaLNBlock(nn.Module):
@@ -148,11 +154,11 @@ class AdaLNBlock(nn.Module):
         self.ada_lin = None if shared_aln else nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     @torch.no_grad()
-    def close_branches(self, depth: int) -> None:
+    def close_branches(self, depth: int, gain: float) -> None:
         """Scale freshly drawn weights so that the branches of `depth` blocks start almost closed (see `VAR`)."""
         self.attn.proj.weight.div_(math.sqrt(2 * depth))
         self.ffn.fc2.weight.div_(math.sqrt(2 * depth))
-        factors = torch.tensor([1e-5] * 2 + [0.5] * 4)
+        factors = torch.tensor([gain] * 2 + [0.5] * 4)
         if self.ada_gss is not None:
             self.ada_gss.mul_(factors[:, None].to(self.ada_gss))
         elif self.ada_lin is not None:
@@ -176,7 +182,15 @@ class AdaLNBlock(nn.Module):
         gains, others = modulation.split([2, 4], dim=1)
         return torch.cat((gains * keep[..., None].to(gains.dtype), others), dim=1)
 
-    def forward(self, x: Tensor, condition: Tensor, slices: Sequence[slice], keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        slices: Sequence[slice],
+        keep: Tensor | None = None,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
         """A teacher-forced pass: (B, L, C) -> (B, L, C).
 
         Args:
@@ -184,7 +198,10 @@ class AdaLNBlock(nn.Module):
             condition: as `modulation` takes it.
             slices: where every scale's tokens lie.
             keep: as `modulation` takes it.
+            recompute: keep only the arguments for the backward pass.
         """
+        if recompute:
+            return recomputed(self.forward, x, condition, slices, keep)
         modulation = self.modulation(condition, keep)
         x = self.attend(x, modulation, lambda h: self.attn(h, slices))
         return self.feed(x, modulation)
@@ -197,12 +214,12 @@ class AdaLNBlock(nn.Module):
     def attend(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         """The attention branch."""
         gain, _, scale, _, shift, _ = modulation[:, :, None].unbind(1)
-        return x + attention(modulated_norm(x, scale, shift)) * gain
+        return x + attention(recomputed(modulated_norm, x, scale, shift)) * gain
 
     def feed(self, x: Tensor, modulation: Tensor) -> Tensor:
         """The feed-forward branch."""
         _, gain, _, scale, _, shift = modulation[:, :, None].unbind(1)
-        return x + self.ffn(modulated_norm(x, scale, shift)) * gain
+        return x + self.ffn(recomputed(modulated_norm, x, scale, shift)) * gain
 
 
 class AdaLNBeforeHead(nn.Module):

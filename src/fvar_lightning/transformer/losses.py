@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvar_lightning.transformer.layers import recomputed
+from fvar_lightning.activations import recomputed
 from fvar_lightning.transformer.var import Readout
 
 CHUNK, MOST_CHUNKS = 1024, 16

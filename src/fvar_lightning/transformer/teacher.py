@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fvar_lightning.activations import recomputed
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.transformer.layers import AdaLNBlock
+from fvar_lightning.transformer.layers import AdaLNBlock, merged
 from fvar_lightning.transformer.var import VAR, Readout, Trace
 
 
@@ -61,7 +62,7 @@ class AliasGatedCrossAttention(nn.Module):
             seen = slice(0 if causal else s.start, s.stop)
             read.append(F.scaled_dot_product_attention(q[:, :, s], k[:, :, seen], v[:, :, seen]))
         first = reading[0].start
-        cross = self.proj(rearrange(torch.cat(read, dim=2), "b h l d -> b l (h d)"))
+        cross = self.proj(merged(read))
         alpha = torch.sigmoid(self.gate(torch.cat((h[:, first:], cross), dim=-1)))
         return torch.cat((x[:, :first], x[:, first:] + alpha * cross), dim=1)
 
@@ -84,8 +85,11 @@ class AliasBlock(nn.Module):
         *,
         causal: bool,
         scales: int,
+        recompute: bool = False,
     ) -> Tensor:
         """(B, L, C) -> (B, L, C); the arguments of `AdaLNBlock` and of `AliasGatedCrossAttention`."""
+        if recompute:
+            return recomputed(self.forward, x, condition, alias, slices, keep, causal=causal, scales=scales)
         block = self.block
         modulation = block.modulation(condition, keep)
         x = block.attend(x, modulation, lambda h: block.attn(h, slices))
@@ -97,7 +101,7 @@ class HighFrequencyTeacher(nn.Module):
     """Predicts the structure tokens with the alias tokens in sight; used in training only.
 
     It begins as a copy of `student`'s weights and computes exactly what the student computes until its
-    cross-attention has learned something.
+    cross-attention has learned something. Where the student recomputes its blocks, so does the teacher.
 
     Args:
         student: the network to be taught.
@@ -185,6 +189,7 @@ class HighFrequencyTeacher(nn.Module):
                 kept,
                 causal=self.causal,
                 scales=self.alias_scales,
+                recompute=network.recompute,
             )
             hidden.append(x)
         return TeacherOutput(hidden, network.readout(x, condition))

@@ -13,11 +13,12 @@ _RAW = "current_model_state"
 
 
 def has_averages(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether training kept averaged weights."""
-    return _RAW in checkpoint
+    """Whether training kept averaged weights; not before the first step of which it did."""
+    return _RAW in checkpoint and bool(checkpoint.get("averaging_state", {}).get("n_averaged", True))
 
 
 def state_of(checkpoint: Mapping[str, Any], weights: Weights) -> dict[str, Tensor]:
     """The state dictionary of the task with these weights; without averages both are the same."""
-    state = checkpoint.get("state_dict", {})
-    return checkpoint.get(_RAW, state) if weights == "raw" else state
+    if weights == "raw" or not has_averages(checkpoint):
+        return checkpoint.get(_RAW, checkpoint.get("state_dict", {}))
+    return checkpoint["state_dict"]

@@ -11,7 +11,7 @@ from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.averages import Weights, state_of
-from fvar_lightning.weights.describe import check_weights, describe, differences, rebuild
+from fvar_lightning.weights.describe import at_schedule, check_weights, describe, differences, rebuild
 from fvar_lightning.weights.files import read_checkpoint
 from fvar_lightning.weights.official import is_official, load_vae, read_var
 from fvar_lightning.weights.pretrained import SAMPLING, ModelInfo, Pretrained, is_pretrained, part_of, read_pretrained
@@ -25,12 +25,13 @@ def load_tokenizer(
     Args:
         path: checkpoint of a `TokenizerTask` or of a `FVARTask` (its structure tokenizer), file of official VAR, or
             what `save_pretrained` wrote.
-        schedule: for a file of official VAR, which knows no focus; None: see `load_var_checkpoint`.
+        schedule: to serve another than it was trained for, see `at_schedule`; None: its own, or for a file of official
+            VAR, which knows no focus, what `load_var_checkpoint` tells.
         targets: for a file of official VAR: what its tokens are to stand for.
 
     Raises:
-        ValueError: if the file holds no tokenizer, one that stopped before its codes were set, or knows its own
-            schedule and that is another.
+        ValueError: if the file holds no tokenizer, one that stopped before its codes were set, or one of another patch
+            size.
     """
     source = repr(str(path))
     if is_pretrained(path):
@@ -43,20 +44,20 @@ def load_tokenizer(
         description, name = contents.get("tokenizer"), "tokenizer"
         if description is None and "networks" in contents:
             description, name = contents["networks"].get("vae"), "vae"
-        weights = part_of(contents.get("state_dict", {}), name)
+        weights = part_of(state_of(contents, "ema"), name)
     if description is None:
         raise ValueError(f"checkpoint {source} holds no tokenizer")
     tokenizer = rebuild(description, weights, source)
     if isinstance(tokenizer, VAR):
         raise ValueError(f"checkpoint {source} describes a transformer as its tokenizer")
-    if schedule not in (None, tokenizer.schedule):
-        raise ValueError(f"schedule of {source} is {tokenizer.schedule}, not {schedule}")
     codebook = tokenizer.codebook
     if codebook.warming_up:
         raise ValueError(
             f"the tokenizer in {source} has no codes yet: they are set after warmup_steps {codebook.warmup_steps}, "
             f"and it stopped after {int(codebook.updates)}"
         )
+    if schedule is not None and schedule != tokenizer.schedule:
+        return at_schedule(tokenizer, schedule)
     return tokenizer.requires_grad_(False)
 
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.build import Tokenizer, build_tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
 
 Network = VAR | Tokenizer
+AnyTokenizer = TypeVar("AnyTokenizer", bound=Tokenizer)
 
 
 def describe(network: Network) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def describe(network: Network) -> dict[str, Any]:
         }
     description = {
         "kind": "structure" if isinstance(network, VQVAE) else "alias",
-        "schedule": {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(network.schedule).items()},
+        "schedule": plain(network.schedule),
         "psf": network.psf,
         "vocab_size": network.vocab_size,
         "z_channels": network.z_channels,
@@ -40,6 +43,11 @@ def describe(network: Network) -> dict[str, Any]:
         return description | {"targets": network.targets, "num_phi": len(network.quantizer.phi)}
     description |= {"ch": network.encoder.patch.out_channels, "num_res_blocks": len(network.encoder.blocks)}
     return description | {"momentum": network.momentum, "commitment": network.commitment}
+
+
+def plain(schedule: FocusSchedule) -> dict[str, Any]:
+    """The schedule as plain values."""
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(schedule).items()}
 
 
 def build(description: Mapping[str, Any]) -> Network:
@@ -78,6 +86,32 @@ def rebuild(description: Mapping[str, Any], weights: Mapping[str, Tensor], sourc
         network.level_ids = network.layout.level_ids()
     network.load_state_dict(dict(weights))
     return network.eval()
+
+
+def at_schedule(tokenizer: AnyTokenizer, schedule: FocusSchedule) -> AnyTokenizer:
+    """A tokenizer with the same weights for other token maps and focus states, as VAR's serves several resolutions.
+
+    The scales share the phi convolutions of a structure tokenizer, however many they are, and all weights of an alias
+    tokenizer but the deviations of its residuals, which are to be found anew (`AliasTokenizer.measure`).
+
+    Args:
+        tokenizer: is left as it is.
+        schedule: of the same patch size.
+
+    Raises:
+        ValueError: if the patch size is another.
+    """
+    if schedule.patch_size != tokenizer.schedule.patch_size:
+        raise ValueError(
+            f"patch_size of the schedule must be the tokenizer's {tokenizer.schedule.patch_size}, "
+            f"got {schedule.patch_size}"
+        )
+    weights = tokenizer.state_dict()
+    if isinstance(tokenizer, AliasTokenizer):
+        weights |= {"variance": torch.zeros(schedule.num_scales), "batches": torch.zeros_like(weights["batches"])}
+    network = rebuild(describe(tokenizer) | {"schedule": plain(schedule)}, weights, "the tokenizer")
+    assert isinstance(network, type(tokenizer))
+    return network.requires_grad_(False)
 
 
 def check_weights(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: str) -> None:

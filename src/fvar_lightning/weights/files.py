@@ -17,7 +17,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(
             f"checkpoint {str(path)!r} is a folder; a sharded checkpoint becomes one file by "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER`"
+            "`python -m lightning.fabric.utilities.consolidate_checkpoint FOLDER`"
         )
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist")
@@ -29,3 +29,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(contents).__name__}, not a dictionary of weights")
     return contents
+
+
+def read_hyper_parameters(path: str | Path) -> dict[str, Any]:
+    """The task's arguments in a training checkpoint, which may be sharded, a folder.
+
+    Raises:
+        ValueError: see `read_checkpoint`.
+    """
+    path = Path(path)
+    return read_checkpoint(path / "meta.pt" if path.is_dir() else path).get("hyper_parameters", {})

@@ -1,0 +1,98 @@
+"""The step of stage 1: what accumulation leaves equal, and that it does not wait for the device."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed_worker import FixedImages, make_task
+
+STEPS = 6
+
+
+def trained(
+    name: str, passes: int, folder: Path, callbacks: list[Callback] | None = None, **options: Any
+) -> dict[str, torch.Tensor]:
+    """Weights after a few steps of eight images each."""
+    task = make_task(name, [], **options)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, precision="64-true", max_steps=STEPS, accumulate_grad_batches=passes,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.fit(task, FixedImages(passes))
+    return task.state_dict()
+
+
+def test_accumulated_passes_are_one_step_of_the_codebook(tmp_path: Path) -> None:
+    """Warm-up, k-means, moving averages and revival: two half batches a step reach what whole batches reach."""
+    whole, halves = (trained("structure", passes, tmp_path) for passes in (1, 2))
+    assert whole["tokenizer.quantizer.codebook.updates"] == STEPS
+    for key, value in whole.items():
+        torch.testing.assert_close(halves[key], value, atol=1e-9, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_the_alias_tokenizers_clock_counts_steps_too(tmp_path: Path) -> None:
+    assert trained("alias", 2, tmp_path)["tokenizer.codebook.updates"] == STEPS
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result, or its size, the host would have to wait for."""
+
+    NAMES = ("local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "lift_fresh")
+    """The last: a tensor made of Python numbers, which are copied to the device and waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        # a boolean mask as an index is a nonzero
+        masks = name.startswith("index") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool
+            for part in args
+            if isinstance(part, list)
+            for x in part
+        )
+        if masks or any(name.startswith((known, f"_{known}")) for known in self.NAMES):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class SteadySteps(Callback):
+    """Counts in whole steps, optimiser and logging included, once the codes are set."""
+
+    def __init__(self) -> None:
+        self.waits, self.steps = Waits(), 0
+
+    def on_train_batch_start(self, trainer: Trainer, task: Any, *_: Any) -> None:
+        if not task.tokenizer.codebook.warming_up:
+            self.steps += 1
+            self.waits.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
+        if self.steps:
+            self.waits.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("structure", {"noise": (0.1, 0.1), "scale_dropout": 0.5, "adversarial_weight": 0.5, "adversarial_start": 0.0}),
+        ("alias", {}),
+    ],
+)
+def test_a_steady_step_does_not_wait_for_the_device(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    counted = SteadySteps()
+    with counted.waits:
+        torch.arange(2)[torch.tensor([True, False])].item()
+    assert counted.waits.found == {"lift_fresh": 1, "index.Tensor": 1, "_local_scalar_dense": 1}
+    counted.waits.found.clear()
+    trained(name, 1, tmp_path, [counted], **options)
+    assert counted.steps == STEPS - 2
+    assert counted.waits.found == {}
