@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fvar_lightning.callbacks import AliasMetrics, GenerationMetrics
+from fvar_lightning.callbacks.tokens import TokenWriter
 from fvar_lightning.callbacks.writers import SampleWriter
 from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.metrics.extractors import FeatureExtractor, Features
@@ -87,12 +88,14 @@ def evaluation_callbacks(root: Path) -> list[Callback]:
 
 
 def run(root: Path, images: Path, strategy: str = "single") -> None:
-    """Test into report.json, predict into samples: what one process and two must agree in."""
+    """Test into report.json, predict into samples and tokens: what one process and two must agree in."""
     tokenizers = [str(root.parent / f"{kind}.ckpt") for kind in ("structure", "alias")]
     trainer = make_trainer(root, evaluation_callbacks(root), **processes(strategy))
     trainer.test(make_task(tokenizers), make_data(images))
     trainer = make_trainer(root, [SampleWriter(str(root / "samples"), output="both")], **processes(strategy))
     trainer.predict(make_task(tokenizers), make_data(images, batch_size=3, samples_per_class=3))
+    trainer = make_trainer(root, [TokenWriter(str(root / "tokens"), rows_per_shard=3)], **processes(strategy))
+    trainer.predict(make_task(tokenizers), make_data(images, batch_size=4, predict="tokens", crops_per_image=2))
 
 
 def processes(strategy: str) -> dict[str, object]:

@@ -44,6 +44,7 @@ from fvar_lightning.callbacks import (
 from fvar_lightning.callbacks.reconstruction import local_lpips
 from fvar_lightning.cli import main
 from fvar_lightning.data.pixels import to_uint8
+from fvar_lightning.data.token_dataset import TokenDataset
 from fvar_lightning.metrics.pictures import bar_chart, line_chart
 from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.schedule import FocusSchedule
@@ -395,6 +396,15 @@ def test_two_processes_make_every_sample_once(
              for f in (one, two)]  # fmt: skip
     assert len(files[0]) == 7
     assert files[0] == files[1]
+    caches = [TokenDataset(folder / "tokens") for folder in (one, two)]
+    assert [cache.cache.layout.ranks for cache in caches] == [1, 2]
+    rows = [cache.collate([cache[i] for i in range(len(cache))]) for cache in caches]
+    assert len(rows[0].labels) == 32
+    assert torch.equal(rows[0].labels, rows[1].labels)
+    # in the order of the images; batches of other images may round another way
+    for part in ("structure", "alias"):
+        same = [torch.cat(getattr(batch, part), 1) for batch in rows]
+        assert (same[0] == same[1]).double().mean() > 0.99
 
 
 # reconstructions

@@ -106,9 +106,9 @@ def test_a_description_alone_is_not_trained_with(trained: Path, image_folder: Pa
     arguments = torch.load(trained / "last.ckpt", weights_only=True)["hyper_parameters"]
     task = FVARTask(**{name: x for name, x in arguments.items() if not name.startswith("_")})
     with pytest.raises(ValueError, match="structure_tokenizer is a description without weights"):
-        task.on_fit_start()
+        task.token_meta()
     loaded = FVARTask.load_from_checkpoint(trained / "last.ckpt", weights_only=True)
-    loaded.on_fit_start()
+    loaded.token_meta()
 
 
 def test_checkpoints_of_a_trainer_in_python_are_taken(trained: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from lightning import Trainer
 from PIL import Image
 
 from fvar_lightning.cli import configs, main
-from fvar_lightning.data.tokens import TokenMeta, write_index, write_tokens
+from fvar_lightning.data.tokens import TokenizerIdentity, TokenMeta
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.build import build_tokenizer
+from token_caches import write_cache
 
 FOLDER = configs()
 ALL = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
@@ -80,10 +81,8 @@ def build(names: list[str], places: dict[str, str], monkeypatch: pytest.MonkeyPa
     schedule = schedule_of(["quickstart/structure.yaml"] if tokens else names)
     if tokens:
         cache = root / "cache"
-        length = schedule.length
-        write_tokens(cache, 0, torch.zeros(2, length).long(), torch.zeros(2, length).long(), torch.zeros(2).long())
-        write_index(cache, TokenMeta(schedule.patch_nums, ["a", "b"], 8, 8))
-        args.append(f"--data.path={cache}")
+        write_cache(cache, 2, TokenMeta(schedule, ["a", "b"], *[TokenizerIdentity(8, "", "disk")] * 2))
+        args += [f"--data.path={cache}", f"--data.val_path={cache}"]
     else:
         args.append(f"--data.source={places['images']}")
     if model["class_path"] == "FVARTask":

@@ -1,6 +1,5 @@
-"""Data modules: what their batches hold, what they refuse, and token caches."""
+"""ImageDataModule: what its batches hold, and what it refuses."""
 
-import json
 import pickle
 import struct
 import warnings
@@ -15,10 +14,9 @@ from lightning import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
+from fvar_lightning.data.batches import ImageBatch, SampleBatch
 from fvar_lightning.data.datasets import FolderDataset
-from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
-from fvar_lightning.data.tokens import TokenDataset, TokenMeta, remove_tokens, write_index, write_tokens
+from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 
@@ -120,12 +118,31 @@ def test_requests_for_samples(folder: Path) -> None:
     assert seeds == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
 
 
-def test_training_images_in_order_for_token_caches(folder: Path) -> None:
+def test_images_in_order_for_token_caches(folder: Path) -> None:
     (folder / "bee" / "broken.png").unlink()
+
+    def asked(data: ImageDataModule) -> tuple[Tensor, Tensor]:
+        images, labels = (torch.cat(part) for part in zip(*data.predict_dataloader(), strict=True))
+        return images, labels
+
     data = module(folder, predict="tokens", crops_per_image=2)
-    images, labels = (torch.cat(part) for part in zip(*data.predict_dataloader(), strict=True))
+    images, labels = asked(data)
     assert labels.tolist() == ([0] * 8 + [1] * 8 + [2] * 8) * 2
     assert not torch.equal(images[:24], images[24:]), "every pass takes other crops"
+    data.finished_rows = lambda rows, batch_size: {(48, 4): 28}[rows, batch_size]
+    rest = asked(data)
+    assert torch.equal(rest[0], images[28:])
+    assert torch.equal(rest[1], labels[28:])
+    data.finished_rows = lambda rows, batch_size: rows
+    assert data.predict_dataloader() == []
+
+    data = module(folder, predict="tokens", part="val", crops_per_image=2)
+    images, labels = asked(data)
+    assert labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
+    assert torch.equal(images, torch.cat([batch[0] for batch in data.val_dataloader()]))
+    assert data.cached_images()["crops_per_image"] == 1
+    with pytest.raises(ValueError, match="part 'val' holds no images, see val_fraction"):
+        module(folder, predict="tokens", part="val", val_fraction=0).predict_dataloader()
 
 
 def test_torchvision_source(tmp_path: Path) -> None:
@@ -154,6 +171,8 @@ def test_refusals(folder: Path) -> None:
         module(folder, image_size=32)
     with pytest.raises(ValueError, match="predict must be 'samples' or 'tokens', got 'images'"):
         module(folder, predict="images")
+    with pytest.raises(ValueError, match="part must be 'train' or 'val', got 'test'"):
+        module(folder, part="test")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         module(folder, batch_size=0)
     with pytest.raises(ValueError, match="resize"):
@@ -250,133 +269,3 @@ def test_module_survives_pickling_for_spawned_processes(folder: Path) -> None:
     assert data.num_classes == 3
     assert pickle.loads(pickle.dumps(data.class_names)) == data.class_names
     assert isinstance(pickle.loads(pickle.dumps(data._data.train)), FolderDataset)
-
-
-# ---- token caches --------------------------------------------------------------------------------------------------
-
-META = TokenMeta((1, 2), ["cat", "dog"], structure_vocab=60000, alias_vocab=8)
-
-
-def write_cache(folder: Path, rows: tuple[int, ...] = (3, 4), meta: TokenMeta = META) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(sum(rows))
-    structure = torch.randint(0, meta.structure_vocab, (sum(rows), 5), generator=generator)
-    alias = torch.randint(0, 8, (sum(rows), 5), generator=generator)
-    labels = torch.randint(0, 2, (sum(rows),), generator=generator)
-    start = 0
-    for shard, count in enumerate(rows):
-        part = slice(start, start + count)
-        write_tokens(folder, shard, structure[part], alias[part] if meta.alias_vocab else None, labels[part])
-        start += count
-    write_index(folder, meta)
-    return structure, alias, labels
-
-
-def test_cache_gives_back_what_was_written(tmp_path: Path) -> None:
-    structure, alias, labels = write_cache(tmp_path)
-    assert structure.max() > 2**15, "needs all sixteen bits"
-    data = TokenDataset(tmp_path)
-    assert len(data) == 7
-    assert data.meta == META
-    batch = data.collate([data[i] for i in range(7)])
-    assert isinstance(batch, TokenBatch)
-    assert [tuple(part.shape) for part in batch.structure] == [(7, 1), (7, 4)]
-    assert torch.equal(torch.cat(batch.structure, 1), structure)
-    assert torch.equal(torch.cat(batch.alias, 1), alias)
-    assert torch.equal(batch.labels, labels)
-    assert batch.labels.dtype == batch.structure[0].dtype == torch.int64
-    assert isinstance(data.arrays[0]["structure"], np.memmap)
-    assert len(pickle.dumps(data)) < 2000, "a worker is sent no arrays"
-    with pytest.raises(IndexError):
-        data[7]
-
-
-def test_cache_without_alias_tokens(tmp_path: Path) -> None:
-    write_cache(tmp_path, meta=TokenMeta((1, 2), ["cat", "dog"], structure_vocab=16))
-    data = TokenDataset(tmp_path)
-    assert data.collate([data[0], data[1]]).alias == []
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_token_data_module(tmp_path: Path, num_workers: int) -> None:
-    structure, _, _ = write_cache(tmp_path / "train")
-    write_cache(tmp_path / "val", rows=(5,))
-    data = TokenDataModule(str(tmp_path / "train"), str(tmp_path / "val"), batch_size=2, num_workers=num_workers)
-    assert data.num_classes == 2
-    assert data.class_names == ["cat", "dog"]
-    batches = list(data.train_dataloader())
-    assert [len(batch.labels) for batch in batches] == [2, 2, 2]
-    rows = {tuple(row) for batch in batches for row in torch.cat(batch.structure, 1).tolist()}
-    assert len(rows) == 6
-    assert rows <= {tuple(row) for row in structure.tolist()}
-    assert sum(len(batch.labels) for batch in data.val_dataloader()) == 5
-    assert len(list(data.predict_dataloader())) == 8
-    assert TokenDataModule(str(tmp_path / "train")).val_dataloader() == []
-
-
-def test_caches_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'.*nowhere' is not a folder"):
-        TokenDataModule(str(tmp_path / "nowhere"))
-    write_tokens(tmp_path / "half", 0, torch.zeros(2, 5, dtype=torch.long), None, torch.zeros(2))
-    with pytest.raises(ValueError, match=r"no index.json"):
-        TokenDataModule(str(tmp_path / "half"))
-    with pytest.raises(ValueError, match=r"alias-000000.npy is missing"):
-        write_index(tmp_path / "half", META)
-    with pytest.raises(ValueError, match="holds no shards"):
-        write_index(tmp_path, META)
-    with pytest.raises(ValueError, match=r"must measure \(2, 14\) for patch_nums \(1, 2, 3\)"):
-        write_index(tmp_path / "half", TokenMeta((1, 2, 3), ["a"], 16))
-
-    for name, spoil in {
-        "lost": lambda folder: (folder / "labels-000001.npy").unlink(),
-        "cut": lambda folder: (folder / "structure-000001.npy").write_bytes(b"\x93NUMPY"),
-        "index": lambda folder: (folder / "index.json").write_text("{"),
-        "other": lambda folder: (folder / "index.json").write_text(json.dumps({"format": 9, "shards": []})),
-    }.items():
-        write_cache(tmp_path / name)
-        spoil(tmp_path / name)
-        with pytest.raises(ValueError, match=r"write (it|the cache) again"):
-            TokenDataModule(str(tmp_path / name))
-
-    write_cache(tmp_path / "good")
-    write_cache(tmp_path / "else", meta=TokenMeta((1, 2), ["cat", "dog"], 8, 8))
-    with pytest.raises(ValueError, match=r"val_path .* does not match path"):
-        TokenDataModule(str(tmp_path / "good"), str(tmp_path / "else"))
-    write_tokens(tmp_path / "good", 1, torch.zeros(9, 5), torch.zeros(9, 5), torch.zeros(9))
-    with pytest.raises(ValueError, match="4 rows in shard 1"):
-        TokenDataModule(str(tmp_path / "good"))
-
-
-def test_tokens_that_are_refused(tmp_path: Path) -> None:
-    tokens, labels = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2)
-    with pytest.raises(ValueError, match=r"structure must lie in 0..65535, got 0..65536"):
-        write_tokens(tmp_path, 0, tokens.index_fill(1, torch.tensor(1), 65536), None, labels)
-    with pytest.raises(ValueError, match="alias must lie"):
-        write_tokens(tmp_path, 0, tokens, tokens - 1, labels)
-    with pytest.raises(ValueError, match="structure must measure"):
-        write_tokens(tmp_path, 0, tokens, None, torch.zeros(3))
-    with pytest.raises(ValueError, match="alias must measure"):
-        write_tokens(tmp_path, 0, tokens, tokens[:1], labels)
-    with pytest.raises(ValueError, match=r"structure_vocab must lie in 1..65536, got 70000"):
-        TokenMeta((1,), ["a"], 70000)
-    assert not list(tmp_path.iterdir()), "nothing is left behind"
-
-
-def test_failed_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    structure, _, _ = write_cache(tmp_path)
-
-    def fail(*args: object) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", fail)
-        with pytest.raises(OSError, match="disk full"):
-            write_tokens(tmp_path, 0, structure[:3] + 1, structure[:3], torch.zeros(3))
-    assert torch.equal(TokenDataset(tmp_path)[0][0], structure[0])
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_removing_a_cache_leaves_other_files(tmp_path: Path) -> None:
-    write_cache(tmp_path)
-    (tmp_path / "labels-mine.npy").touch()
-    remove_tokens(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["labels-mine.npy"]

@@ -14,7 +14,16 @@ PACKAGE = Path(fvar_lightning.__file__).parent
 ROOMS = ("atomic", "schedule", "optics", "data", "tokenizer", "transformer", "generation", "weights", "metrics",
          "tasks", "callbacks", "commands", "cli", "quickstart", "__main__")  # fmt: skip
 """Every room imports itself and those before it."""
-LIGHTNING = {"data/modules.py", "data/loaders.py", "tasks", "callbacks", "commands", "cli.py", "quickstart.py"}
+LIGHTNING = {
+    "data/modules.py",
+    "data/token_module.py",
+    "data/loaders.py",
+    "tasks",
+    "callbacks",
+    "commands",
+    "cli.py",
+    "quickstart.py",
+}
 
 
 def modules() -> list[Path]:

@@ -1,6 +1,7 @@
 """The tasks: losses, gradients, and `fvar` in process on tiny configurations."""
 
 import copy
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,16 +12,20 @@ from torch.nn import functional as F
 
 from fvar_lightning.cli import main
 from fvar_lightning.data.batches import ImageBatch, TokenBatch
+from fvar_lightning.data.token_cache import TokenCache
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tasks.tokens import check_cache
 from fvar_lightning.tasks.training import batch_generator, parameter_groups, warmup_linear
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.weights.checkpoints import load_tokenizer
 from fvar_lightning.weights.files import read_checkpoint
+from fvar_lightning.weights.identity import tokenizer_sha256
+from fvar_lightning.weights.pretrained import save_pretrained
 
 CONF = Path(__file__).parent / "conf"
 
@@ -84,23 +89,100 @@ def test_predict_writes_pictures_of_every_class(
     assert files == [f"{c:04d}_{n}/{3 * c + i:06d}.png" for c, n in enumerate(["blue", "red"]) for i in range(3)]
 
 
-def test_stage_two_trains_from_a_token_cache(tmp_path: Path, image_folder: Path, trained: dict[str, Path]) -> None:
-    cache = tmp_path / "tokens"
-    args = [f"--config={CONF / 'fvar.yaml'}", f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"]
-    main(["predict", *args, f"--data.source={image_folder}", *stage2_args(trained), "--data.predict=tokens",
-          "--data.crops_per_image=2", "--trainer.callbacks=TokenWriter",
-          f"--trainer.callbacks.folder={cache}"])  # fmt: skip
-    data = yaml.safe_dump(
-        {"data": {"class_path": "TokenDataModule", "init_args": {"path": str(cache), "batch_size": 4}}}
-    )
-    (tmp_path / "tokens.yaml").write_text(data)
-    model = yaml.safe_load((CONF / "fvar.yaml").read_text())
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump({k: model[k] for k in ("model", "trainer")}))
-    cli = main(["fit", f"--config={tmp_path / 'model.yaml'}", f"--config={tmp_path / 'tokens.yaml'}",
-                *stage2_args(trained), "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, trained: dict[str, Path]) -> list[str]:
+    """Training and validation tokens, through the command line; as arguments of it, with a model to train on them."""
+    root = tmp_path_factory.mktemp("caches")
+    args = [f"--config={CONF / 'fvar.yaml'}", f"--trainer.default_root_dir={root}", "--trainer.logger=false"]
+    for part in ("train", "val"):
+        main(["predict", *args, f"--data.source={image_folder}", *stage2_args(trained), "--data.predict=tokens",
+              f"--data.part={part}", "--data.crops_per_image=2", "--trainer.callbacks=TokenWriter",
+              f"--trainer.callbacks.folder={root / part}"])  # fmt: skip
+    content = yaml.safe_load((CONF / "fvar.yaml").read_text())
+    paths = {"path": str(root / "train"), "val_path": str(root / "val"), "batch_size": 4}
+    content["data"] = {"class_path": "TokenDataModule", "init_args": paths}
+    (root / "tokens.yaml").write_text(yaml.safe_dump(content))
+    return [f"--config={root / 'tokens.yaml'}"]
+
+
+def test_stage_two_trains_from_a_token_cache(tmp_path: Path, trained: dict[str, Path], caches: list[str]) -> None:
+    args = [*caches, f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.max_epochs=1"]
+    cli = main(["fit", *args, *stage2_args(trained), "--trainer.max_steps=-1"])
     assert cli is not None
-    assert cli.trainer.global_step == 4
+    assert cli.trainer.global_step == 8, "two crops of 16 images in batches of 4"
     assert cli.model.class_names == ["blue", "red"]
+    assert cli.trainer.callback_metrics["val/loss"] > 0
+    # its checkpoint stands alone, and knows that the tokens are its tokenizers'
+    cli.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for command in ("validate", "fit"):
+        cli = main([command, *args, f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_steps=16",
+                    "--trainer.max_epochs=-1"])  # fmt: skip
+        assert cli.model.token_meta() == cli.datamodule.train.meta
+    assert cli.trainer.global_step == 16
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "message"),
+    [
+        ("fit", "weights", r"structure.sha256 '(\w+)' instead of '(?!\1)\w+'; alias.sha256"),
+        ("validate", "weights", r"structure.sha256 '\w+' instead of '\w+'; alias.sha256"),
+        ("test", {"psf": "gaussian"}, "structure.psf 'disk' instead of 'gaussian'; alias.psf 'disk' instead of 'gau"),
+        ("fit", {"schedule": {"max_radius": 1.0}}, "schedule.max_radius None instead of 1.0"),
+    ],
+)
+def test_a_cache_of_another_tokenizer_is_refused(
+    command: str, change: object, message: str, trained: dict[str, Path], caches: list[str], tmp_path: Path
+) -> None:
+    """Of equal sizes."""
+    for kind, path in trained.items():
+        checkpoint = torch.load(path, weights_only=True)
+        if isinstance(change, dict):
+            description = checkpoint["tokenizer"]
+            for name, value in change.items():
+                description[name] = description[name] | value if isinstance(value, dict) else value
+        else:
+            for name, value in checkpoint["state_dict"].items():
+                checkpoint["state_dict"][name] = value + 1e-4 if value.is_floating_point() else value
+        torch.save(checkpoint, tmp_path / f"{kind}.ckpt")
+    others = {kind: tmp_path / f"{kind}.ckpt" for kind in trained}
+    with pytest.raises(ValueError, match=f"the token cache '.*train' was written with {message}"):
+        main([command, *caches, *stage2_args(others), f"--trainer.default_root_dir={tmp_path}",
+              "--trainer.logger=false"])  # fmt: skip
+
+
+def test_a_cache_without_alias_tokens_teaches_nobody(trained: dict[str, Path], caches: list[str]) -> None:
+    cache = TokenCache.open(Path(caches[0].removeprefix("--config=")).parent / "train")
+    task = make_task(trained)
+    check_cache(cache, task.token_meta())
+    plain = dataclasses.replace(cache, tokens=dataclasses.replace(cache.tokens, alias=None))
+    with pytest.raises(ValueError, match=r"alias.vocab_size None instead of 8"):
+        check_cache(plain, task.token_meta())
+    alone = make_task(trained, teacher_loss_weight=0.0, feature_weight=0.0, logit_weight=0.0)
+    for held in (cache, plain):
+        check_cache(held, alone.token_meta())
+
+
+def test_a_tokenizers_hash_is_of_what_tokens_depend_on(trained: dict[str, Path], stage2: Path, tmp_path: Path) -> None:
+    """The same by whatever way its weights came, and in whatever precision they then are."""
+    task = make_task(trained)
+    known = task.token_meta()
+    assert FVARTask.load_from_checkpoint(stage2, weights_only=True).token_meta().structure == known.structure
+    assert task.bfloat16().token_meta() == known
+
+    structure = load_tokenizer(trained["structure"])
+    sha256 = tokenizer_sha256(structure)
+    assert sha256 == known.structure.sha256
+    save_pretrained(tmp_path / "model", task.float().student, structure)
+    assert tokenizer_sha256(load_tokenizer(tmp_path / "model")) == sha256
+    structure.decoder.conv_out.bias.data += 1
+    structure.codebook.counts += 1
+    assert tokenizer_sha256(structure) == sha256
+    for change in (structure.encoder.conv_out.bias, structure.codebook.embedding.weight, structure.quant_conv.weight,
+                   next(structure.quantizer.phi.parameters())):  # fmt: skip
+        change.data += 1e-3
+        assert tokenizer_sha256(structure) != sha256
+        change.data -= 1e-3
+        sha256 = tokenizer_sha256(structure)
 
 
 def test_scale_dropout_teaches_partial_tokens_to_decode_to_their_focus_state(

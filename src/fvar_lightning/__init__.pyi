@@ -4,10 +4,10 @@ from .callbacks.generation import GenerationMetrics as GenerationMetrics
 from .callbacks.pictures import SamplePictures as SamplePictures
 from .callbacks.pictures import TokenizerPictures as TokenizerPictures
 from .callbacks.reconstruction import ReconstructionMetrics as ReconstructionMetrics
+from .callbacks.tokens import TokenWriter as TokenWriter
 from .callbacks.writers import SampleWriter as SampleWriter
-from .callbacks.writers import TokenWriter as TokenWriter
 from .data.modules import ImageDataModule as ImageDataModule
-from .data.modules import TokenDataModule as TokenDataModule
+from .data.token_module import TokenDataModule as TokenDataModule
 from .generation.editing import edit as edit
 from .generation.editing import outpaint_canvas as outpaint_canvas
 from .generation.guidance import constant as constant

@@ -19,8 +19,10 @@ from fvar_lightning.callbacks import (
     TokenizerPictures,
 )
 from fvar_lightning.callbacks.checkpoint import LastCheckpoint
-from fvar_lightning.callbacks.writers import SampleWriter, TokenWriter
-from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
+from fvar_lightning.callbacks.tokens import TokenWriter
+from fvar_lightning.callbacks.writers import SampleWriter
+from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.metrics.extractors import EfficientNetLite0, Inception
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask

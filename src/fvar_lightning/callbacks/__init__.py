@@ -7,7 +7,8 @@ from fvar_lightning.callbacks.generation import GenerationMetrics
 from fvar_lightning.callbacks.loggers import log_picture
 from fvar_lightning.callbacks.pictures import SamplePictures, TokenizerPictures
 from fvar_lightning.callbacks.reconstruction import ReconstructionMetrics
-from fvar_lightning.callbacks.writers import SampleWriter, TokenWriter
+from fvar_lightning.callbacks.tokens import TokenWriter
+from fvar_lightning.callbacks.writers import SampleWriter
 
 __all__ = [
     "AliasMetrics",

@@ -1,10 +1,9 @@
-"""Callbacks that write what `fvar predict` makes: pictures, or token caches."""
+"""SampleWriter: the pictures that `fvar predict` makes."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,9 +17,7 @@ from fvar_lightning.callbacks.base import (
     use_raw_weights,
 )
 from fvar_lightning.callbacks.samples import Sample, SampleFolder
-from fvar_lightning.data.batches import TokenBatch
 from fvar_lightning.data.loaders import SharedLoaders
-from fvar_lightning.data.tokens import remove_tokens, write_index, write_tokens
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.weights.identity import versions
 
@@ -155,44 +152,3 @@ class SampleWriter(BasePredictionWriter):
             self.folder.pack(self.samples, lambda steps: progress(trainer, steps, "Packing"))
         if self.output == "npz":
             self.folder.remove_pictures(self.samples)
-
-
-class TokenWriter(BasePredictionWriter):
-    """Writes token caches for `TokenDataModule` from `fvar predict --data.predict=tokens`.
-
-    Args:
-        folder: where to.
-    """
-
-    def __init__(self, folder: str) -> None:
-        super().__init__("batch")
-        self.folder = Path(folder)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove an earlier cache from the folder."""
-        if trainer.is_global_zero:
-            remove_tokens(self.folder)
-        trainer.strategy.barrier()
-
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        if not isinstance(prediction, TokenBatch):
-            return
-        alias = torch.cat(prediction.alias, dim=1) if prediction.alias else None
-        shard = batch_idx * trainer.world_size + trainer.global_rank
-        write_tokens(self.folder, shard, torch.cat(prediction.structure, dim=1), alias, prediction.labels)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the cache with its index."""
-        assert isinstance(pl_module, FVARTask)
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            write_index(self.folder, pl_module.token_meta())

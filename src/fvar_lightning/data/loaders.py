@@ -43,19 +43,20 @@ class SampleRequests(Dataset[SampleBatch]):
 
 
 class Passes(Dataset[Any]):
-    """Several epochs of a data set one after the other, as one data set."""
+    """Several epochs of a data set one after the other, as one data set; its first `start` samples may be left out."""
 
     def __init__(self, dataset: Dataset[Any], length: int, passes: int) -> None:
         self.dataset = dataset
         self.length = length
         self.passes = passes
+        self.start = 0
 
     def __len__(self) -> int:
-        return self.length * self.passes
+        return self.length * self.passes - self.start
 
     def __getitem__(self, item: int | Draw) -> Any:
         index = item.index if isinstance(item, Draw) else item
-        return self.dataset[Draw(*divmod(index, self.length))]
+        return self.dataset[Draw(*divmod(self.start + index, self.length))]
 
 
 class SharedLoaders(LightningDataModule):
@@ -85,6 +86,9 @@ class SharedLoaders(LightningDataModule):
         self.finished_seeds: Callable[[], Collection[int]] = tuple
         """Seeds of images that `predict` leaves out: those there already (`SampleWriter` knows, once weights are
         loaded)."""
+        self.finished_rows: Callable[[int, int], int] | None = None
+        """Of so many rows of a token cache in batches of this size, how many `predict` leaves out, whole steps of all
+        ranks: those there already (`TokenWriter` knows, once weights are loaded)."""
 
     @property
     def class_names(self) -> list[str]:
@@ -137,6 +141,13 @@ class SharedLoaders(LightningDataModule):
         """Every sample once over all ranks, in order, equally many batches on every rank."""
         size = even_batch_size(len(dataset), self._ranks["num_replicas"], self.batch_size)
         return self._in_order(dataset, size, collate)
+
+    def unfinished_loader(self, rows: Passes) -> DataLoader | list[DataLoader]:
+        """The rows in order, less those finished; no loader if none are left. A batch holds the same rows whatever is
+        finished."""
+        size = even_batch_size(len(rows), self._ranks["num_replicas"], self.batch_size)
+        rows.start = 0 if self.finished_rows is None else self.finished_rows(len(rows), size)
+        return self._in_order(rows, size) if len(rows) else []
 
     def _in_order(self, dataset: Any, batch_size: int, collate: Callable | None = None) -> DataLoader:
         sampler = EpochSampler(dataset, shuffle=False, **self._ranks)

@@ -1,4 +1,4 @@
-"""ImageDataModule: images and their views on the training device. TokenDataModule: cached tokens."""
+"""ImageDataModule: images and their views on the training device."""
 
 import copy
 import warnings
@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.data.datasets import FolderDataset, ImageDataset, scan_folder
+from fvar_lightning.data.fingerprint import fingerprint
 from fvar_lightning.data.images import ImageTransform
 from fvar_lightning.data.loaders import Passes, SharedLoaders
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
 from fvar_lightning.data.pixels import to_unit_range
-from fvar_lightning.data.tokens import TokenDataset
 from fvar_lightning.data.torchvision_sets import TorchvisionDataset, load_torchvision
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
@@ -51,10 +51,12 @@ class ImageDataModule(SharedLoaders):
         max_unreadable: so many images may be unreadable; by default 1 %, at least 10.
         download: let torchvision download what is missing; one process does, the others wait for it.
         seed: of the order of the training images and of their crops.
-        predict: `samples`: asks for images to be generated; `tokens`: the training images in order, for token caches.
+        predict: `samples`: asks for images to be generated; `tokens`: the images in order, for token caches.
         samples_per_class: images to generate of every class.
         base_seed: seed of the first of them; the others count on.
-        crops_per_image: passes over the training images for `predict="tokens"`, each with other crops.
+        part: of the images, `train` or `val`, for `predict="tokens"`.
+        crops_per_image: passes over the training images for `predict="tokens"`, each with other crops; there is one
+            over the validation images.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -80,6 +82,7 @@ class ImageDataModule(SharedLoaders):
         predict: Literal["samples", "tokens"] = "samples",
         samples_per_class: int = 8,
         base_seed: int = 0,
+        part: Literal["train", "val"] = "train",
         crops_per_image: int = 1,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, samples_per_class, base_seed)
@@ -90,6 +93,8 @@ class ImageDataModule(SharedLoaders):
             )
         if predict not in ("samples", "tokens"):
             raise ValueError(f"predict must be 'samples' or 'tokens', got {predict!r}")
+        if part not in ("train", "val"):
+            raise ValueError(f"part must be 'train' or 'val', got {part!r}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
         if crops_per_image < 1:
@@ -105,7 +110,8 @@ class ImageDataModule(SharedLoaders):
         self.max_unreadable = max_unreadable
         self.download = download
         self.predict = predict
-        self.crops_per_image = crops_per_image
+        self.part = part
+        self.crops_per_image = crops_per_image if part == "train" else 1
         self.refocus = Refocus(schedule, psf)
 
     @cached_property
@@ -159,8 +165,23 @@ class ImageDataModule(SharedLoaders):
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.predict == "samples":
             return self.sample_loader()
-        train = self._data.train
-        return self.eval_loader(Passes(train, len(train), self.crops_per_image))
+        if not len(self._cached):
+            raise ValueError(f"part {self.part!r} holds no images, see val_fraction")
+        return self.unfinished_loader(Passes(self._cached, len(self._cached), self.crops_per_image))
+
+    @property
+    def _cached(self) -> Any:
+        """The images that token caches are made of."""
+        return self._data.train if self.part == "train" else self._data.val
+
+    def cached_images(self) -> dict[str, Any]:
+        """Which images `predict="tokens"` asks for, as plain values: what a token cache notes of them."""
+        return {
+            "part": self.part,
+            "crops_per_image": self.crops_per_image,
+            "seed": self.seed,
+            "fingerprint": fingerprint(self._cached),
+        }
 
     def real_images(self, part: Literal["train", "val"]) -> Any:
         """The images that generated ones are compared with: each of the part once, cropped as for validation."""
@@ -188,56 +209,3 @@ class ImageDataModule(SharedLoaders):
         for part, dataset in (("training", self._data.train), ("validation", self._data.val)):
             if isinstance(dataset, ImageDataset) and dataset.num_unreadable:
                 warnings.warn(f"unreadable {part} images, replaced by others: {dataset.report()}", stacklevel=2)
-
-
-class TokenDataModule(SharedLoaders):
-    """Batches of cached tokens (`TokenBatch`), and for prediction images to generate (`SampleBatch`).
-
-    Args:
-        path: folder of the cache of training tokens.
-        val_path: folder of another one for validation; None for no validation.
-        batch_size: rows per device and step.
-        num_workers: processes that read; as for `ImageDataModule`.
-        seed: of the order of the rows.
-        samples_per_class: images to generate of every class.
-        base_seed: seed of the first of them; the others count on.
-
-    Raises:
-        ValueError: if a cache is missing, incomplete or broken, or the two do not match.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        val_path: str | None = None,
-        batch_size: int = 16,
-        num_workers: int | None = None,
-        seed: int = 0,
-        samples_per_class: int = 8,
-        base_seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed, samples_per_class, base_seed)
-        self.train = TokenDataset(path)
-        self.val = None if val_path is None else TokenDataset(val_path)
-        if self.val is not None:
-            ours, theirs = (replace(part.meta, crops_per_image=1) for part in (self.train, self.val))
-            if ours != theirs:
-                raise ValueError(f"val_path {val_path!r} does not match path {path!r}: {theirs} against {ours}")
-
-    @property
-    def class_names(self) -> list[str]:
-        """Name of every label, as the cache tells."""
-        return self.train.meta.class_names
-
-    def train_dataloader(self) -> DataLoader:
-        return self.train_loader(self.train, self.train.collate)
-
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        return [] if self.val is None else self.eval_loader(self.val, self.val.collate)
-
-    def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The validation tokens."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self.sample_loader()

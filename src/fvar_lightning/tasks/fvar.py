@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
-from fvar_lightning.data.modules import TokenDataModule
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
 from fvar_lightning.tasks.sharding import gathered, shard
+from fvar_lightning.tasks.tokens import check_cache, hashes, identity
 from fvar_lightning.tasks.training import (
     batch_generator,
     check_views,
@@ -157,6 +158,9 @@ class FVARTask(LightningModule):
             raise ValueError(f"structure_tokenizer {structure_tokenizer!r} holds an alias tokenizer")
         self.vae = vae
         self.alias_tokenizer = self._load_alias(alias_tokenizer)
+        # of files, before the trainer changes the precision; those of described tokenizers come with the checkpoint
+        described = isinstance(structure_tokenizer, dict) or isinstance(alias_tokenizer, dict)
+        self.tokenizers_sha256 = {} if described else hashes({"structure": vae, "alias": self.alias_tokenizer})
         # a checkpoint stands alone: it holds these weights
         self.hparams["structure_tokenizer"] = describe(vae)
         self.hparams["alias_tokenizer"] = None if self.alias_tokenizer is None else describe(self.alias_tokenizer)
@@ -211,22 +215,14 @@ class FVARTask(LightningModule):
             shard(self.student, self.teacher, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of other views, or of other tokens."""
+        """Refuse a data module of other views."""
         check_views(self, self.vae.schedule, self._alias_source.psf)
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, TokenDataModule):
-            self._check_tokens(data.train.meta)
-
-    def _check_tokens(self, meta: TokenMeta) -> None:
-        own = self.token_meta()
-        for name in ("patch_nums", "structure_vocab", "alias_vocab"):
-            cached, wanted = getattr(meta, name), getattr(own, name)
-            if cached != wanted and not (name == "alias_vocab" and wanted == 0):
-                raise ValueError(f"{name} of the token cache must be the tokenizers' {wanted}, got {cached}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files."""
+        """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files; and which
+        tokenizers these are."""
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
+        checkpoint["tokenizers_sha256"] = self.tokenizers_sha256
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another student.
@@ -237,15 +233,20 @@ class FVARTask(LightningModule):
         sizes = {name: x for name, x in describe(self.student).items() if name != "drop_path_rate"}
         if differing := differences(checkpoint.get("networks", {}).get("student", {}), sizes):
             raise ValueError(f"the checkpoint is of another student: {differing}")
+        self.tokenizers_sha256 = checkpoint.get("tokenizers_sha256", {})
 
-    def on_fit_start(self) -> None:
-        """Refuse tokenizers that are described but came with no checkpoint.
+    def _check_tokens(self) -> None:
+        """Refuse tokenizers without weights, and a cache of another's tokens: once weights are loaded.
 
         Raises:
-            ValueError: saying what is missing.
+            ValueError: saying what is missing, or what differs.
         """
-        if self.vae.codebook.warming_up:
-            raise ValueError("structure_tokenizer is a description without weights: give its checkpoint")
+        own = self.token_meta()
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TokenDataModule):
+            check_cache(data.train.cache, own)
+
+    on_train_start = on_validation_start = on_test_start = _check_tokens
 
     def train(self, mode: bool = True) -> "FVARTask":
         """Training mode, but never for the frozen tokenizers."""
@@ -334,12 +335,22 @@ class FVARTask(LightningModule):
         return self.tokens(batch)
 
     def token_meta(self) -> TokenMeta:
-        """What a cache of this task's tokens holds."""
+        """What this task's tokens are.
+
+        Raises:
+            ValueError: if the tokenizers are described but came with no checkpoint.
+        """
+        if self.vae.codebook.warming_up:
+            raise ValueError("structure_tokenizer is a description without weights: give its checkpoint")
+        known = self.tokenizers_sha256 = self.tokenizers_sha256 or hashes(
+            {"structure": self.vae, "alias": self.alias_tokenizer}
+        )
+        kind = "structure" if self.alias_tokenizer is None else "alias"
         return TokenMeta(
-            patch_nums=self.vae.schedule.patch_nums,
+            schedule=self.vae.schedule,
             class_names=self.class_names,
-            structure_vocab=self.vae.vocab_size,
-            alias_vocab=self._alias_source.vocab_size if self.teacher is not None else 0,
+            structure=identity(self.vae, known["structure"]),
+            alias=None if self.teacher is None else identity(self._alias_source, known[kind]),
         )
 
     @property

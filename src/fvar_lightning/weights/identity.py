@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from fvar_lightning.tokenizer.build import Tokenizer
 
 PACKAGES = ("fvar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "torch-fidelity", "numpy", "pillow")
 
@@ -46,3 +49,12 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Hexadecimal SHA-256 of the weights that tokens depend on: encoder, quantiser and codes, but not the decoder, nor
+    the statistics by which a codebook trains."""
+    return weights_sha256({name: x for name, x in tokenizer.state_dict().items() if not _NO_TOKENS.match(name)})
+
+
+_NO_TOKENS = re.compile(r"decoder\.|post_quant_conv\.|(.*\.)?codebook\.(updates|counts|sums|idle)$")
