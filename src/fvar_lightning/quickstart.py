@@ -1,6 +1,7 @@
 """`fvar quickstart`: all stages one after the other, small, and a report with pictures."""
 
 import json
+import shutil
 from pathlib import Path
 from time import perf_counter
 
@@ -46,10 +47,13 @@ def quickstart(source: str = "photographs", output: str = "quickstart", effort: 
     data = train("structure", folder, effort, images).datamodule
     print("\n[2/4] training the alias tokenizer", flush=True)
     train("alias", folder, effort, images)
-    print("\n[3/4] writing the tokens of the training images", flush=True)
-    write_tokens(folder, [*images, *tokenizers, f"--data.crops_per_image={CROPS_PER_IMAGE}"])
+    print("\n[3/4] writing the tokens of the images", flush=True)
+    for part in ("train", "val"):
+        write_tokens(folder, part, [*images, *tokenizers])
     print("\n[4/4] training teacher and student", flush=True)
-    task = train("fvar", folder, effort, [f"--data.path={folder / 'tokens'}", *tokenizers]).model
+    restart_if_older(folder / "fvar", folder / "tokens" / "train" / "index.json")
+    caches = [f"--data.path={folder / 'tokens' / 'train'}", f"--data.val_path={folder / 'tokens' / 'val'}"]
+    task = train("fvar", folder, effort, [*caches, *tokenizers]).model
 
     print("\nwriting the report", flush=True)
     write_report(folder, task, data)
@@ -79,6 +83,10 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVAR
         "--trainer.logger.name=logs",
         f"--trainer.callbacks.dirpath={own}",
     ]
+    # so that the shortest run has figures
+    for name, most in (("val_check_interval", steps), ("log_every_n_steps", max(steps // 10, 1))):
+        if name in content["trainer"]:
+            args.append(f"--trainer.{name}={min(content['trainer'][name], most)}")
     last = own / "last.ckpt"
     done = 0
     if last.is_file():
@@ -95,17 +103,29 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVAR
     return cli
 
 
-def write_tokens(folder: Path, arguments: list[str]) -> None:
-    """The token cache of stage 2 by `fvar predict`, unless there is one that is newer than both tokenizers."""
-    index = folder / "tokens" / "index.json"
-    trained = max((folder / kind / "last.ckpt").stat().st_mtime for kind in ("structure", "alias"))
-    if index.is_file() and index.stat().st_mtime > trained:
-        return
+def write_tokens(folder: Path, part: str, arguments: list[str]) -> None:
+    """The token cache of a part by `fvar predict`; what is there of the same tokenizers and images is kept."""
     start = perf_counter()
-    config = configs() / "quickstart" / "tokens.yaml"
-    writer = [f"--trainer.callbacks.folder={index.parent}", f"--trainer.default_root_dir={folder}"]
-    main(["predict", f"--config={config}", *arguments, "--data.predict=tokens", *writer])
+    args = [
+        "predict",
+        f"--config={configs() / 'quickstart' / 'tokens.yaml'}",
+        *arguments,
+        "--data.predict=tokens",
+        f"--data.part={part}",
+        f"--data.crops_per_image={CROPS_PER_IMAGE}",
+        f"--trainer.callbacks.folder={folder / 'tokens' / part}",
+        f"--trainer.default_root_dir={folder}",
+    ]
+    main(args)
     _add_seconds(folder / "seconds.json", "tokens", perf_counter() - start)
+
+
+def restart_if_older(stage: Path, index: Path) -> None:
+    """Remove a stage that was trained on the tokens of other tokenizers, before these were written."""
+    last = stage / "last.ckpt"
+    if last.is_file() and last.stat().st_mtime < index.stat().st_mtime:
+        print("the tokens are new: teacher and student begin anew", flush=True)
+        shutil.rmtree(stage)
 
 
 def _add_seconds(path: Path, stage: str, seconds: float) -> None:
@@ -144,12 +164,15 @@ def write_report(folder: Path, task: FVARTask, data: ImageDataModule) -> None:
     tile(rows, names, heads, side=80).save(folder / "samples.png")
 
     curves = {stage: read_metrics(folder / stage) for stage in STAGES}
-    losses = {
-        stage: {name: points for name, points in found.items() if name.startswith("train/")}
-        for stage, found in curves.items()
-    }
+    losses = {stage: loss_curves(found) for stage, found in curves.items()}
     line_chart(losses, "step").save(folder / "losses.png")
     (folder / "report.md").write_text(report_text(folder, curves))
+
+
+def loss_curves(found: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """The terms of the loss in training, and those of them that validation has too."""
+    terms = {name.removeprefix("train/") for name in found if name.startswith("train/")}
+    return {name: points for name, points in found.items() if name.split("/", 1)[1] in terms}
 
 
 def one_of_each_class(data: ImageDataModule) -> ImageBatch:
