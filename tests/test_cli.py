@@ -135,3 +135,20 @@ def test_another_network_than_the_checkpoints_is_not_loaded(trained: Path, image
     with pytest.raises(ValueError, match="the checkpoint is of another student: depth is 2, not 3"):
         run("predict", image_folder, tmp_path, *tokenizers(trained), "--model.depth=3",
             f"--ckpt_path={trained / 'last.ckpt'}")  # fmt: skip
+
+
+def test_a_folder_of_shards_needs_processes_that_shard(
+    trained: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere the command line names the way to one file; there it takes the hyper-parameters out of the folder."""
+    shards = tmp_path / "last.ckpt"
+    shards.mkdir()
+    contents = torch.load(trained / "last.ckpt", weights_only=True)
+    torch.save({"hyper_parameters": contents["hyper_parameters"]}, shards / "meta.pt")
+    with pytest.raises(SystemExit):
+        run("fit", image_folder, tmp_path, f"--ckpt_path={shards}")
+    assert "consolidate_checkpoint" in capsys.readouterr().err
+    sharding = ["--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy", "--model.depth=0"]
+    with pytest.raises(SystemExit):
+        run("fit", image_folder, tmp_path, f"--ckpt_path={shards}", *sharding)
+    assert "depth must be at least 1" in capsys.readouterr().err

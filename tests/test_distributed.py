@@ -104,9 +104,11 @@ def test_sharded_weights_sample_alike_in_every_process(sharded: Path) -> None:
 
 def consolidated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the command that the configuration names makes of a sharded checkpoint."""
-    monkeypatch.setattr(sys, "argv", ["consolidate_checkpoint", str(folder)])
-    runpy.run_module("lightning.fabric.utilities.consolidate_checkpoint", run_name="__main__")
-    return folder.with_name(f"{folder.name}.consolidated")
+    file = folder.with_name(f"{folder.name}.consolidated")
+    if not file.exists():
+        monkeypatch.setattr(sys, "argv", ["consolidate_checkpoint", str(folder)])
+        runpy.run_module("lightning.fabric.utilities.consolidate_checkpoint", run_name="__main__")
+    return file
 
 
 def test_a_consolidated_checkpoint_is_one_of_a_single_process(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

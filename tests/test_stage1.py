@@ -1,26 +1,29 @@
-"""The step of stage 1: what accumulation leaves equal, and that it does not wait for the device."""
+"""The step of stage 1: accumulated, compiled, and that it does not wait for the device."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning import Callback, Trainer
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed_worker import FixedImages, make_task
 
 STEPS = 6
+EVERYTHING = {"noise": (0.1, 0.1), "scale_dropout": 0.5, "adversarial_weight": 0.5, "adversarial_start": 0.0}
 
 
 def trained(
-    name: str, passes: int, folder: Path, callbacks: list[Callback] | None = None, **options: Any
+    name: str, passes: int, folder: Path, callbacks: list[Callback] | None = None, steps: int = STEPS, **options: Any
 ) -> dict[str, torch.Tensor]:
     """Weights after a few steps of eight images each."""
     task = make_task(name, [], **options)
     trainer = Trainer(
-        accelerator="cpu", devices=1, precision="64-true", max_steps=STEPS, accumulate_grad_batches=passes,
+        accelerator="cpu", devices=1, precision="64-true", max_steps=steps, accumulate_grad_batches=passes,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, callbacks=callbacks,
     )  # fmt: skip
@@ -80,13 +83,7 @@ class SteadySteps(Callback):
             self.waits.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("structure", {"noise": (0.1, 0.1), "scale_dropout": 0.5, "adversarial_weight": 0.5, "adversarial_start": 0.0}),
-        ("alias", {}),
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), [("structure", EVERYTHING), ("alias", {})])
 def test_a_steady_step_does_not_wait_for_the_device(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     counted = SteadySteps()
     with counted.waits:
@@ -96,3 +93,22 @@ def test_a_steady_step_does_not_wait_for_the_device(name: str, options: dict[str
     trained(name, 1, tmp_path, [counted], **options)
     assert counted.steps == STEPS - 2
     assert counted.waits.found == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [pytest.param("structure", EVERYTHING, marks=pytest.mark.slow), ("alias", {})]
+)
+def test_compiled_tokenizers_train_alike(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantising and reviving included, without a graph break in encoder and decoder."""
+    expected = trained(name, 1, tmp_path, steps=3, **options)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
+    torch._dynamo.reset()
+    counters.clear()
+    found = trained(name, 1, tmp_path, steps=3, compile=True, **options)
+    assert counters["stats"]["unique_graphs"] > 1
+    assert not counters["graph_break"]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-9, rtol=0, msg=lambda m, key=key: f"{key}: {m}")

@@ -28,7 +28,7 @@ from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.memory import keep_memory
 from fvar_lightning.tasks.tokenizer import TokenizerTask
-from fvar_lightning.weights.files import read_checkpoint
+from fvar_lightning.weights.files import SHARDED_PLAIN, read_checkpoint
 
 COMPONENTS = (
     ImageDataModule,
@@ -76,7 +76,7 @@ class FVARCommandLine(LightningCLI):
             SystemExit: if the file is no checkpoint, or not of this task.
         """
         command = str(self.subcommand)
-        if self.ckpt_path is not None and Path(self.ckpt_path).is_file():
+        if self.ckpt_path is not None and Path(self.ckpt_path).exists():
             self._add_hyper_parameters(command, self.ckpt_path)
             stored = dict(self.config.items())
             self.config = self.parser.parse_args([command, *self.model_options], self.config)
@@ -89,8 +89,10 @@ class FVARCommandLine(LightningCLI):
         self.config[command]["ckpt_path"] = self.ckpt_path
 
     def _add_hyper_parameters(self, command: str, ckpt_path: str) -> None:
+        sharding = "ModelParallelStrategy" in str(self.config[command]["trainer"]["strategy"])
+        file = Path(ckpt_path, SHARDED_PLAIN) if sharding and Path(ckpt_path).is_dir() else ckpt_path
         try:
-            found = read_checkpoint(ckpt_path).get("hyper_parameters", {})
+            found = read_checkpoint(file).get("hyper_parameters", {})
         except ValueError as error:
             self.parser.error(str(error))
         # a run of Trainer in Python keeps no class; names with an underscore are Lightning's own

@@ -83,8 +83,10 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str]) -> FVAR
         "--trainer.logger.name=logs",
         f"--trainer.callbacks.dirpath={own}",
     ]
-    if interval := content["trainer"].get("val_check_interval"):
-        args.append(f"--trainer.val_check_interval={min(interval, steps)}")
+    # so that the shortest run has figures
+    for name, most in (("val_check_interval", steps), ("log_every_n_steps", max(steps // 10, 1))):
+        if name in content["trainer"]:
+            args.append(f"--trainer.{name}={min(content['trainer'][name], most)}")
     last = own / "last.ckpt"
     done = 0
     if last.is_file():

@@ -4,7 +4,7 @@ Legend: B batch, L tokens in all scales together.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class TokenMeta:
     class_names: list[str]
     structure: TokenizerIdentity
     alias: TokenizerIdentity | None = None
-    alias_deviations: list[float] | None = None
+    alias_deviations: list[float] | None = field(default=None, compare=False)  # of any precision
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "TokenMeta":

@@ -91,7 +91,8 @@ def line_chart(panels: Mapping[str, Mapping[str, Curve]], xlabel: str) -> Image.
     for i, (title, curves) in enumerate(panels.items()):
         axis = _axis(figure, title, (1, len(panels), i + 1))
         for name, points in curves.items():
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+            marker = "." if len(points) == 1 else ""
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker=marker)
         axis.set_xlabel(xlabel)
         if curves:
             axis.legend(fontsize=8)

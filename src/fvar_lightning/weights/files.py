@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+SHARDED_PLAIN = "meta.pt"
+"""Where a sharded checkpoint, a folder, keeps what is no tensor, hyper-parameters among it."""
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's contents on the CPU, memory-mapped, tensors and plain values only.
@@ -29,13 +32,3 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(contents).__name__}, not a dictionary of weights")
     return contents
-
-
-def read_hyper_parameters(path: str | Path) -> dict[str, Any]:
-    """The task's arguments in a training checkpoint, which may be sharded, a folder.
-
-    Raises:
-        ValueError: see `read_checkpoint`.
-    """
-    path = Path(path)
-    return read_checkpoint(path / "meta.pt" if path.is_dir() else path).get("hyper_parameters", {})
