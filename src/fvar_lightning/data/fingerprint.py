@@ -39,10 +39,9 @@ def _pieces(dataset: Any) -> Iterator[bytes]:
     yield repr(dataset.transform).encode()
     if isinstance(dataset, FolderDataset):
         root = os.fsencode(dataset.images.root)
-        for file in dataset.images.files:
-            entry = os.stat(os.path.join(root, file))
-            yield file
-            yield f"{entry.st_size} {entry.st_mtime_ns}".encode()
+        for file in dataset.images.files.tolist():
+            entry = os.stat(b"%s/%s" % (root, file))
+            yield b"%s\0%d %d" % (file, entry.st_size, entry.st_mtime_ns)
     else:
         wrapped: Any = dataset.wrapped
         parts = [getattr(wrapped, name, None) for name in ("train", "split")]

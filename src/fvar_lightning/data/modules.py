@@ -12,7 +12,8 @@ import torchvision
 from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
-from fvar_lightning.data.datasets import FolderDataset, ImageDataset, scan_folder
+from fvar_lightning.data.datasets import FolderDataset, ImageDataset
+from fvar_lightning.data.folders import scan_folder
 from fvar_lightning.data.images import ImageTransform
 from fvar_lightning.data.loaders import Passes, SharedLoaders
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
