@@ -1,4 +1,4 @@
-"""Data sets of images in folders: (uint8 tensor (3, H, W), label), whatever files are broken."""
+"""Data sets of images: (uint8 tensor (3, H, W), label), whatever files are broken."""
 
 import math
 import os
@@ -111,3 +111,10 @@ class FolderDataset(ImageDataset):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return load_image(self.name(index)), int(self.images.labels[index])
+
+
+def hold_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of samples to keep, and of those held out: the same in every run, each sorted."""
+    order = np.random.default_rng(0).permutation(count)
+    held_out = round(fraction * count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path | IO[bytes]) -> Image.Image:
     """The picture in a file, upright (EXIF orientation), as 8-bit RGB.
 
     Grey becomes RGB, transparency is laid on white, CMYK and palettes are converted. Of an animation, the first frame.
