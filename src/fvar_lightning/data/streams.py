@@ -104,13 +104,13 @@ class HFStream(Dataset[tuple[Tensor, int]]):
         # 1 where every reader has shards of its own
         sharers, turn = len(range(reader % shards, readers, shards)), reader // shards
         size = sharers * math.ceil(CHUNK / sharers)
+        order = np.random.default_rng((self.seed, epoch)).permutation(shards)
+        mine = order[reader % shards :: min(readers, shards)].tolist()
         for again in itertools.count():
-            rng = np.random.default_rng((self.seed, epoch, again))
-            mine = rng.permutation(shards)[reader % shards :: min(readers, shards)]
-            shuffle = np.random.default_rng((self.seed, epoch, again, reader))
+            shuffle = np.random.default_rng((self.seed, epoch, reader, again))
             waiting: list[_Row] = []
             empty = True
-            for shard in mine.tolist():
+            for shard in mine:
                 for start, chunk in zip(itertools.count(0, size), rows.shard(shards, shard).iter(size), strict=False):
                     waiting += self._rows(shard, start, chunk)[turn::sharers]
                     while len(waiting) >= self.buffer:
@@ -120,9 +120,7 @@ class HFStream(Dataset[tuple[Tensor, int]]):
             if waiting:
                 yield _shuffled(waiting, shuffle)
             elif empty:
-                raise RuntimeError(
-                    f"{self.part.origin} has too few samples for {readers} readers (ranks * num_workers)"
-                )
+                raise RuntimeError(f"{self.part.origin} is too short for {readers} readers (ranks * num_workers)")
 
     def _rows(self, shard: int, start: int, chunk: dict[str, list[Any]]) -> list[_Row]:
         images = chunk[self.part.image_column]
