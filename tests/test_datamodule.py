@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
+from fvar_lightning.cli import main
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.datasets import FolderDataset
 from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
@@ -380,3 +382,31 @@ def test_removing_a_cache_leaves_other_files(tmp_path: Path) -> None:
     (tmp_path / "labels-mine.npy").touch()
     remove_tokens(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["labels-mine.npy"]
+
+
+# ---- the documentation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+def test_a_source_of_ones_own_as_documented(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    classes = code.split("\n\n\nclass", 1)[1]
+    assert len([line for line in classes.splitlines() if line.strip()]) < 30
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "listed.py").write_text(code)
+    lines = [f"{path}\t{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    config = Path(__file__).parent / "conf" / "structure.yaml"
+    cli = main(["fit", f"--config={config}", "--data=listed.ListedImages", f"--data.source={tmp_path / 'list.txt'}",
+                "--data.image_size=16", "--data.schedule.patch_nums=[1,2,4]", "--data.schedule.patch_size=4",
+                "--data.batch_size=4", "--data.num_workers=0", "--trainer.max_steps=1", "--trainer.logger=false",
+                f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    data = cli.datamodule
+    assert type(data).__name__ == "ListedImages"
+    assert data.class_names == ["ant", "bee", "cow"]
+    labels = [label for part in (data._data.train, data._data.val) for _, label in (part[i] for i in range(len(part)))]
+    assert len(labels) == 31
+    assert data._data.train.num_unreadable + data._data.val.num_unreadable == 1

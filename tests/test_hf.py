@@ -15,6 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+from fvar_lightning.cli import main
 from fvar_lightning.data.fingerprint import fingerprint
 from fvar_lightning.data.hf import HFDataset, HFOptions
 from fvar_lightning.data.modules import ImageDataModule
@@ -332,6 +333,17 @@ def test_a_killed_run_on_a_stream_sees_what_an_undisturbed_one_sees(tmp_path: Pa
     assert resumed.seen == whole.seen[17:]
 
 
+def test_another_number_of_workers_is_told(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "data", train=table(8))
+    loaders = [module(source, STREAM, val_fraction=0, num_workers=n).train_dataloader() for n in (0, 1, 2)]
+    state = loaders[0].state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaders[1].load_state_dict(state)
+    with pytest.warns(UserWarning, match="'workers': 1.*'workers': 2"):
+        loaders[2].load_state_dict(state)
+
+
 def test_broken_images_of_a_stream_are_replaced_counted_and_named(tmp_path: Path) -> None:
     bad = table(24, label=[None, 3, *[0] * 22]).cast_column("label", datasets.ClassLabel(num_classes=4))
     labels = bad["label"]
@@ -376,3 +388,15 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
 def test_a_saved_data_set_streams_too_and_tells_its_length(tmp_path: Path) -> None:
     data = module(on_disk(tmp_path / "data", train=table(20), test=table(2)), HFOptions(streaming=True, buffer=8))
     assert sorted(seen(data.train_dataloader())) == list(range(20))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tokenizer_trains_on_a_stream_from_the_command_line(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "data", 2, train=table(24), validation=table(4))
+    conf = Path(__file__).parent / "conf" / "structure.yaml"
+    cli = main(["fit", f"--config={conf}", f"--data.source={source}", "--data.hf.streaming=true",
+                "--data.hf.samples_per_epoch=12", "--trainer.max_steps=4", "--trainer.logger=false",
+                f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    assert cli.model.trainer.global_step == 4
+    assert len(cli.datamodule.train_dataloader()) == 3
+    assert cli.datamodule.class_names == NAMES

@@ -6,7 +6,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,19 +83,18 @@ def kept(source: Path, settings: str, scan: Callable[[], Listing]) -> Listing:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Where the cache cannot be written, every process scans for itself."""
+    """One process at a time; where the cache cannot be written, every process scans for itself."""
     lock = FileLock(path.with_suffix(".lock"))
-    try:
+    with suppress(OSError, NotImplementedError):  # the second where a file system knows no locks
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except (OSError, NotImplementedError):  # the second where a file system knows no locks
-        yield
-        return
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            lock.release()
+            with suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def folder_times(status: os.stat_result) -> tuple[int, int]:
