@@ -17,7 +17,7 @@ from PIL import Image
 
 from fvar_lightning.cli import main
 from fvar_lightning.data.fingerprint import fingerprint
-from fvar_lightning.data.hf import HFDataset, HFOptions
+from fvar_lightning.data.hf import HFDataset, HFOptions, load_encoded
 from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.data.sampler import StreamDraw, StreamSampler
 from fvar_lightning.schedule import FocusSchedule
@@ -143,6 +143,19 @@ def test_bytes_without_a_type_are_images_where_the_column_is_named(tmp_path: Pat
     assert sorted(seen(data.train_dataloader()) + seen(data.val_dataloader())) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("hf", [HFOptions(), HFOptions(streaming=True, samples_per_epoch=6)])
+def test_images_beside_the_table_are_opened(tmp_path: Path, hf: HFOptions) -> None:
+    for part, name, number in itertools.product(("train", "test"), ("x", "y"), range(3)):
+        file = tmp_path / "data" / part / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(number))
+    data = module(f"hf:{tmp_path / 'data'}", hf, batch_size=6)
+    assert data.class_names == ["x", "y"]
+    assert sorted(seen(data.train_dataloader())) == sorted(seen(data.val_dataloader())) == [0, 0, 1, 1, 2, 2]
+    place = (tmp_path / "data" / "test" / "x" / "2.png").as_uri()
+    assert load_encoded({"bytes": None, "path": place}).getpixel((0, 0)) == (2, 0, 7), "as streams from the hub name it"
+
+
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
@@ -167,6 +180,10 @@ def test_other_refusals(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty' cannot be read: "):
         _ = module(f"hf:{tmp_path / 'empty'}").num_classes
+    for write in (on_disk, parquet):
+        source = write(tmp_path / write.__name__, train=table(2))
+        with pytest.raises(ValueError, match=f"holds no images, .*; '{source}' reads it as a data set of Hugging Face"):
+            _ = module(source.removeprefix("hf:")).num_classes
     words = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
     with pytest.raises(ValueError, match=r"hf.image_column must be given .* text \(.*label \("):
         _ = module(on_disk(tmp_path / "words", train=words)).num_classes

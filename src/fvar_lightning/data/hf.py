@@ -14,6 +14,8 @@ from fvar_lightning.data.datasets import ImageDataset
 from fvar_lightning.data.images import ImageTransform, load_image
 
 VAL_SPLITS = ("validation", "val", "valid", "test")
+SAVED = ("dataset_dict.json", "state.json")
+"""Files by which `save_to_disk` is known."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class HFDataset(ImageDataset):
     ) -> None:
         super().__init__(len(indices), class_names, transform, **options)
         self.part = part
-        self.images = part.rows.select_columns([part.image_column])
+        self.images = part.rows.select_columns([part.image_column])  # a label is read once, below
         self.indices = indices
         self.labels = _labels(part)[indices]
 
@@ -91,9 +93,17 @@ class HFDataset(ImageDataset):
 
 def load_encoded(image: Mapping[str, Any] | None) -> Image.Image:
     """The picture in the column of a row, as `load_image` reads it; raises whatever the decoder raises."""
-    if image is None or (image["bytes"] is None and image["path"] is None):
+    content, path = (None, None) if image is None else (image["bytes"], image["path"])
+    if content is not None:
+        return load_image(io.BytesIO(content))
+    if path is None:
         raise ValueError("the row holds no image")
-    return load_image(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+    if "://" not in path:
+        return load_image(path)
+    import fsspec  # datasets brings it
+
+    with fsspec.open(path) as file:
+        return load_image(file)
 
 
 def load_hf(path: str, options: HFOptions) -> tuple[list[str], HFRows, HFRows | None]:
@@ -143,10 +153,18 @@ def load_hf(path: str, options: HFOptions) -> tuple[list[str], HFRows, HFRows | 
             rows = _fetch(path, options, split, rows.features)
         if missing := [column for column in (image, label) if column is not None and column not in rows.column_names]:
             raise ValueError(f"split {split!r} of source 'hf:{path}' lacks the column {missing[0]!r}")
+        rows = rows.select_columns([image] if label is None else [image, label])
         rows = rows.cast_column(image, datasets.Image(decode=False))
         return HFRows(rows, f"hf:{path} {split}", image, label, values, length)
 
     return names, part(train_split), None if val_split in (None, train_split) else part(val_split)
+
+
+def is_hf_folder(path: str) -> bool:
+    """Whether `save_to_disk`, or parquet files, are there."""
+    place = Path(path).expanduser()
+    found = (place.glob(pattern) for pattern in (*SAVED, "*.parquet", "data/*.parquet"))
+    return any(True for paths in found for _ in paths)
 
 
 def _datasets() -> ModuleType:
@@ -161,7 +179,7 @@ def _load(path: str, options: HFOptions) -> Mapping[str, Any]:
     """Splits by name."""
     datasets, place = _datasets(), Path(path).expanduser()
     try:
-        if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if any((place / name).is_file() for name in SAVED):
             found = datasets.load_from_disk(str(place))
         elif place.is_file():
             kind = place.suffix.lstrip(".")
@@ -181,6 +199,9 @@ def _fetch(path: str, options: HFOptions, split: str, features: Any) -> Any:
     builder = datasets.load_dataset_builder(
         str(place) if place.is_dir() else path, options.name, revision=options.revision
     )
+    if not builder.config.data_files:  # one that makes its rows
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
     files = {split: list(builder.config.data_files[split])}
     return datasets.load_dataset(builder.name, data_files=files, split=split, features=features)
 

@@ -9,7 +9,7 @@ import torchvision
 
 from fvar_lightning.data.datasets import FolderDataset, hold_out
 from fvar_lightning.data.folders import scan_folder
-from fvar_lightning.data.hf import HFDataset, HFOptions, HFRows, load_hf
+from fvar_lightning.data.hf import HFDataset, HFOptions, HFRows, is_hf_folder, load_hf
 from fvar_lightning.data.images import ImageTransform
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
 from fvar_lightning.data.streams import HFStream
@@ -77,7 +77,12 @@ def find_source(options: SourceOptions) -> Source:
 
 def folder_source(options: SourceOptions) -> Source:
     """Class folders, or images alone."""
-    names, train, val = scan_folder(options.source, options.val_fraction)
+    try:
+        names, train, val = scan_folder(options.source, options.val_fraction)
+    except ValueError as error:
+        if is_hf_folder(options.source):
+            raise ValueError(f"{error}; 'hf:{options.source}' reads it as a data set of Hugging Face") from None
+        raise
     return Source(
         names,
         FolderDataset(train, names, options.transform, **options.common),
