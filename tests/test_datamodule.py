@@ -1,6 +1,7 @@
 """ImageDataModule: what its batches hold, and what it refuses."""
 
 import pickle
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
+from fvar_lightning.cli import main
 from fvar_lightning.data.batches import ImageBatch, SampleBatch
 from fvar_lightning.data.datasets import FolderDataset
 from fvar_lightning.data.modules import ImageDataModule
@@ -269,3 +271,31 @@ def test_module_survives_pickling_for_spawned_processes(folder: Path) -> None:
     assert data.num_classes == 3
     assert pickle.loads(pickle.dumps(data.class_names)) == data.class_names
     assert isinstance(pickle.loads(pickle.dumps(data._data.train)), FolderDataset)
+
+
+# ---- the documentation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+def test_a_source_of_ones_own_as_documented(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    classes = code.split("\n\n\nclass", 1)[1]
+    assert len([line for line in classes.splitlines() if line.strip()]) < 30
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "listed.py").write_text(code)
+    lines = [f"{path}\t{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    config = Path(__file__).parent / "conf" / "structure.yaml"
+    cli = main(["fit", f"--config={config}", "--data=listed.ListedImages", f"--data.source={tmp_path / 'list.txt'}",
+                "--data.image_size=16", "--data.schedule.patch_nums=[1,2,4]", "--data.schedule.patch_size=4",
+                "--data.batch_size=4", "--data.num_workers=0", "--trainer.max_steps=1", "--trainer.logger=false",
+                f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    data = cli.datamodule
+    assert type(data).__name__ == "ListedImages"
+    assert data.class_names == ["ant", "bee", "cow"]
+    labels = [label for part in (data._data.train, data._data.val) for _, label in (part[i] for i in range(len(part)))]
+    assert len(labels) == 31
+    assert data._data.train.num_unreadable + data._data.val.num_unreadable == 1

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from fvar_lightning.data import photographs
-from fvar_lightning.data.datasets import FolderDataset, scan_folder
+from fvar_lightning.data.datasets import FolderDataset
+from fvar_lightning.data.folders import scan_folder
 from fvar_lightning.data.images import ImageTransform, load_image, resize_adm
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
 from fvar_lightning.data.sampler import Draw

@@ -14,12 +14,12 @@ from fvar_lightning.atomic import write_json
 from fvar_lightning.callbacks.base import StudentEvaluation, Weights, check_choice, identify_weights
 from fvar_lightning.callbacks.real import (
     Part,
-    default_cache,
     load_reference,
     on,
     real_statistics,
     with_features,
 )
+from fvar_lightning.data.listings import user_cache
 from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from fvar_lightning.metrics.generation import Figures, generation_figures
@@ -69,7 +69,7 @@ class GenerationMetrics(StudentEvaluation):
         self.make_extractor = extractor
         self.extractor: FeatureExtractor | None = None
         self.real, self.reference = real, reference
-        self.cache = default_cache() if cache is None else Path(cache)
+        self.cache = user_cache() if cache is None else Path(cache)
         self.report = report
         self.real_statistics: Statistics | None = None
         """On rank 0, once they were needed."""

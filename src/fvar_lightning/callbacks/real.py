@@ -1,6 +1,5 @@
 """Statistics of the real images: computed once over all ranks, kept on disk, or read from a reference batch."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,11 +17,6 @@ from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics, adm
 
 Part = Literal["train", "val"]
 KEPT_FEATURES = 50_000
-
-
-def default_cache() -> Path:
-    """``fvar-lightning`` in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fvar-lightning"
 
 
 def real_statistics(

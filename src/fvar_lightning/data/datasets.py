@@ -1,12 +1,9 @@
-"""Data sets of images in folders: (uint8 tensor (3, H, W), label), whatever files are broken."""
+"""Data sets of images: (uint8 tensor (3, H, W), label), whatever files are broken."""
 
-import hashlib
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fvar_lightning.data.images import EXTENSIONS, ImageTransform, load_image
+from fvar_lightning.data.images import ImageTransform, load_image
+from fvar_lightning.data.listings import ImageList
 from fvar_lightning.data.sampler import Draw
 
 
@@ -101,16 +99,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return f"{len(found)} of {self.length} images: {names}"
 
 
-class ImageList(NamedTuple):
-    """Image files of a folder. Arrays, not lists: worker processes share them instead of copying them."""
-
-    root: Path
-    files: np.ndarray
-    """(N,) bytes, paths relative to the root."""
-    labels: np.ndarray
-    """(N,) int64."""
-
-
 class FolderDataset(ImageDataset):
     """The files of an `ImageList`. Arguments as for `ImageDataset`."""
 
@@ -125,78 +113,8 @@ class FolderDataset(ImageDataset):
         return load_image(self.name(index)), int(self.images.labels[index])
 
 
-def scan_folder(source: str | Path, val_fraction: float = 0.1) -> tuple[list[str], ImageList, ImageList]:
-    """Class names (sorted), training and validation images of a folder.
-
-    The folder holds class folders (searched to any depth), or images alone: one class, named after the folder. If it
-    holds `train` and `val` folders, these are the two parts; otherwise `val_fraction` of every class is held out,
-    chosen by a hash of the path: the same on every machine, and at least one image of a class that has two.
-
-    Raises:
-        ValueError: if the folder is missing or holds no images, if a class has none, if images lie beside class
-            folders, or if `val` has a class that `train` lacks.
-    """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
-    source = Path(source).expanduser()
-    if not source.is_dir():
-        raise ValueError(f"source {str(source)!r} is not a folder")
-    train_root, val_root = source / "train", source / "val"
-    if not train_root.is_dir():
-        if val_root.is_dir():
-            raise ValueError(f"source {str(source)!r} holds a folder val, but no folder train")
-        train_root = source
-    train = _scan_classes(train_root, source.resolve().name)
-    if train_root != source and val_root.is_dir():
-        val = _scan_classes(val_root, source.resolve().name)
-        unknown = sorted(val.keys() - train.keys())
-        if unknown:
-            raise ValueError(f"{val_root} has classes that {train_root} lacks: {', '.join(unknown)}")
-    else:
-        val_root, val = train_root, {name: _held_out(files, val_fraction) for name, files in train.items()}
-        train = {name: sorted(set(files) - set(val[name])) for name, files in train.items()}
-    names = list(train)
-    return names, _image_list(train_root, train, names), _image_list(val_root, val, names)
-
-
-def _scan_classes(root: Path, flat_name: str) -> dict[str, list[str]]:
-    """Sorted image paths, relative to the root, of every class."""
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    classes = {name: _find_images(root, name) for name in folders}
-    flat = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and _is_image(entry.name))
-    accepted = " ".join(EXTENSIONS)
-    if not flat and not any(classes.values()):
-        raise ValueError(f"{root} holds no images, nor class folders with images (files ending in {accepted})")
-    if flat:
-        mixed = [name for name, files in classes.items() if files]
-        if mixed:
-            raise ValueError(f"{root} holds images ({flat[0]}, ...) beside class folders ({mixed[0]}, ...)")
-        return {flat_name: flat}
-    empty = [name for name, files in classes.items() if not files]
-    if empty:
-        raise ValueError(f"class folders of {root} without images (files ending in {accepted}): {', '.join(empty)}")
-    return classes
-
-
-def _find_images(root: Path, name: str) -> list[str]:
-    walk = os.walk(root / name, followlinks=True)
-    found = (os.path.join(folder, file) for folder, _, files in walk for file in files if _is_image(file))
-    return sorted(os.path.relpath(path, root) for path in found)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
-def _held_out(files: Sequence[str], fraction: float) -> list[str]:
-    if fraction == 0 or len(files) == 1:
-        return []
-    count = min(max(1, round(fraction * len(files))), len(files) - 1)
-    by_hash = sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(Path(file).as_posix())).digest())
-    return sorted(by_hash[:count])
-
-
-def _image_list(root: Path, classes: dict[str, list[str]], names: list[str]) -> ImageList:
-    pairs = [(os.fsencode(file), names.index(name)) for name in names for file in classes.get(name, [])]
-    files = np.array([file for file, _ in pairs], dtype=np.bytes_)
-    return ImageList(root, files, np.array([label for _, label in pairs], dtype=np.int64))
+def hold_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of samples to keep, and of those held out: the same in every run, each sorted."""
+    order = np.random.default_rng(0).permutation(count)
+    held_out = round(fraction * count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

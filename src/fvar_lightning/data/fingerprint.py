@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fvar_lightning.data.datasets import FolderDataset, ImageDataset
+from fvar_lightning.data.hf import HFDataset
 from fvar_lightning.data.photographs import PhotographDataset
 from fvar_lightning.data.torchvision_sets import TorchvisionDataset
 
@@ -17,7 +18,8 @@ def fingerprint(dataset: ImageDataset | PhotographDataset) -> str:
     """16 hexadecimal digits.
 
     Of a folder they depend on path (below the folder), size and time of change of every file, not on the folder's own
-    place; of a torchvision data set, whose contents are fixed, on its name, part and labels; of all on the crop.
+    place; of a data set of Hugging Face on name, size and time of change of its files, on split, rows and labels; of a
+    torchvision data set, whose contents are fixed, on its name, part and labels; of all on the crop.
 
     Raises:
         ValueError: for a data set of another kind.
@@ -34,15 +36,21 @@ def _pieces(dataset: Any) -> Iterator[bytes]:
         settings = [dataset.size, dataset.crops_per_photograph, dataset.flip, dataset.seed, dataset.validation]
         yield f"photographs {settings} scikit-image {version('scikit-image')}".encode()
         return
-    if not isinstance(dataset, FolderDataset | TorchvisionDataset):
+    if not isinstance(dataset, FolderDataset | HFDataset | TorchvisionDataset):
         raise ValueError(f"dataset must be one of ImageDataModule, got {type(dataset).__name__}")
     yield repr(dataset.transform).encode()
     if isinstance(dataset, FolderDataset):
         root = os.fsencode(dataset.images.root)
-        for file in dataset.images.files:
-            entry = os.stat(os.path.join(root, file))
-            yield file
-            yield f"{entry.st_size} {entry.st_mtime_ns}".encode()
+        for file in dataset.images.files.tolist():
+            entry = os.stat(b"%s/%s" % (root, file))
+            yield b"%s\0%d %d" % (file, entry.st_size, entry.st_mtime_ns)
+    elif isinstance(dataset, HFDataset):
+        for path in sorted(file["filename"] for file in dataset.part.rows.cache_files):
+            entry = os.stat(path)
+            yield f"{os.path.basename(path)} {entry.st_size} {entry.st_mtime_ns}".encode()
+        yield f"{dataset.part.rows.split} {dataset.part.image_column}".encode()
+        yield dataset.indices.tobytes()
+        yield dataset.labels.tobytes()
     else:
         wrapped: Any = dataset.wrapped
         parts = [getattr(wrapped, name, None) for name in ("train", "split")]

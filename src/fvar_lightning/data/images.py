@@ -1,9 +1,10 @@
 """From an image file to a square uint8 tensor: decoding whatever people keep in folders, resizing, cropping."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -13,9 +14,20 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file is called. Pillow knows more: PostScript, for which it starts Ghostscript."""
+LONGEST = 50
+"""Times its shorter side. Resizing the shorter side of a longer strip would fill the memory."""
 
 
-def load_image(path: str | Path) -> Image.Image:
+@functools.cache
+def _formats() -> list[str]:
+    """Those this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def load_image(path: str | Path | IO[bytes]) -> Image.Image:
     """The picture in a file, upright (EXIF orientation), as 8-bit RGB.
 
     Grey becomes RGB, transparency is laid on white, CMYK and palettes are converted. Of an animation, the first frame.
@@ -24,8 +36,11 @@ def load_image(path: str | Path) -> Image.Image:
 
     Raises:
         Exception: of many kinds, whatever the decoder meets in a broken file.
+        ValueError: for a strip more than `LONGEST` times as long as it is wide.
     """
-    with Image.open(path) as file:
+    with Image.open(path, formats=_formats()) as file:
+        if max(file.size) > LONGEST * min(file.size):
+            raise ValueError(f"image measures {file.width} x {file.height}, more than {LONGEST} to 1")
         image = ImageOps.exif_transpose(file)
         image.load()
     return to_rgb(image)

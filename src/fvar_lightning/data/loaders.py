@@ -9,7 +9,8 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from fvar_lightning.data.batches import SampleBatch
-from fvar_lightning.data.sampler import Draw, EpochSampler, ResumableLoader, even_batch_size
+from fvar_lightning.data.sampler import Draw, EpochSampler, ResumableLoader, StreamSampler, even_batch_size
+from fvar_lightning.data.streams import HFStream
 
 
 class SampleRequests(Dataset[SampleBatch]):
@@ -118,10 +119,15 @@ class SharedLoaders(LightningDataModule):
 
     def train_loader(self, dataset: Any, collate: Callable | None = None) -> DataLoader:
         """Shuffled batches; an incomplete last one is dropped unless it is the only one."""
-        sampler = EpochSampler(dataset, shuffle=True, seed=self.seed, **self._ranks)
+        options = self._options(collate)
+        sampler: EpochSampler
+        if isinstance(dataset, HFStream):
+            workers = max(1, options["num_workers"])
+            sampler = StreamSampler(dataset, batch_size=self.batch_size, workers=workers, **self._ranks)
+        else:
+            sampler = EpochSampler(dataset, shuffle=True, seed=self.seed, **self._ranks)
         if len(sampler) == 0:
             raise ValueError(f"{len(dataset)} training sample(s) cannot be shared by {sampler.num_replicas} ranks")
-        options = self._options(collate)
         return ResumableLoader(
             dataset,
             batch_size=self.batch_size,

@@ -4,29 +4,23 @@ import copy
 import warnings
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torchvision
 from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
-from fvar_lightning.data.datasets import FolderDataset, ImageDataset, scan_folder
+from fvar_lightning.data.datasets import ImageDataset
 from fvar_lightning.data.fingerprint import fingerprint
+from fvar_lightning.data.hf import HFOptions
 from fvar_lightning.data.images import ImageTransform
 from fvar_lightning.data.loaders import Passes, SharedLoaders
-from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
+from fvar_lightning.data.photographs import PhotographDataset
 from fvar_lightning.data.pixels import to_unit_range
-from fvar_lightning.data.torchvision_sets import TorchvisionDataset, load_torchvision
+from fvar_lightning.data.sources import Source, SourceOptions, find_source
+from fvar_lightning.data.streams import HFStream
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
-
-
-class _Source(NamedTuple):
-    class_names: list[str]
-    train: Any
-    val: Any
 
 
 class ImageDataModule(SharedLoaders):
@@ -36,7 +30,8 @@ class ImageDataModule(SharedLoaders):
 
     Args:
         source: `photographs`: those bundled with scikit-image; a folder of class folders or of images, with `train`
-            and `val` folders in it or not; or, if `root` is given, the name of a torchvision data set.
+            and `val` folders in it or not; ``hf:`` and a data set of Hugging Face, on the hub or on disk (see
+            `load_hf`); or, if `root` is given, the name of a torchvision data set.
         root: folder of the torchvision data set.
         image_size: side of the images in pixels; must be that of the schedule.
         schedule: scales and focus states.
@@ -50,6 +45,7 @@ class ImageDataModule(SharedLoaders):
         crops_per_photograph: samples of every photograph in an epoch.
         max_unreadable: so many images may be unreadable; by default 1 %, at least 10.
         download: let torchvision download what is missing; one process does, the others wait for it.
+        hf: columns and splits of a data set of Hugging Face, and whether it is streamed.
         seed: of the order of the training images and of their crops.
         predict: `samples`: asks for images to be generated; `tokens`: the images in order, for token caches.
         samples_per_class: images to generate of every class.
@@ -78,6 +74,7 @@ class ImageDataModule(SharedLoaders):
         crops_per_photograph: int = 256,
         max_unreadable: int | None = None,
         download: bool = False,
+        hf: HFOptions = HFOptions(),  # noqa: B008  (frozen)
         seed: int = 0,
         predict: Literal["samples", "tokens"] = "samples",
         samples_per_class: int = 8,
@@ -101,51 +98,31 @@ class ImageDataModule(SharedLoaders):
             raise ValueError(f"crops_per_image must be positive, got {crops_per_image}")
         if crops_per_photograph < 1:
             raise ValueError(f"crops_per_photograph must be positive, got {crops_per_photograph}")
-        self.source = source
-        self.root = root
+        self.options = SourceOptions(
+            source,
+            ImageTransform(image_size, resize, random_crop, flip),
+            root=root,
+            val_fraction=val_fraction,
+            crops_per_photograph=crops_per_photograph,
+            max_unreadable=max_unreadable,
+            download=download,
+            seed=seed,
+            hf=hf,
+        )
         self.schedule, self.psf = schedule, psf
-        self.transform = ImageTransform(image_size, resize, random_crop, flip)
-        self.val_fraction = val_fraction
-        self.crops_per_photograph = crops_per_photograph
-        self.max_unreadable = max_unreadable
-        self.download = download
         self.predict = predict
         self.part = part
         self.crops_per_image = crops_per_image if part == "train" else 1
         self.refocus = Refocus(schedule, psf)
 
+    def find_source(self) -> Source:
+        """Class names and both parts. A subclass that reads data of another kind overrides this alone."""
+        return find_source(self.options)
+
     @cached_property
-    def _data(self) -> _Source:
-        """Class names and both parts; scanned when first asked for."""
-        options: dict[str, Any] = {"seed": self.seed, "max_unreadable": self.max_unreadable}
-        transforms = self.transform, replace(self.transform, random_crop=False, flip=False)
-        if self.root is not None:
-            names, *parts = load_torchvision(self.source, self.root, self.val_fraction, self.download)
-            made: list[Any] = [
-                TorchvisionDataset(wrapped, names, transform, indices, **options)
-                for (wrapped, indices), transform in zip(parts, transforms, strict=True)
-            ]
-            return _Source(names, *made)
-        if self.source == "photographs":
-            count = self.crops_per_photograph, max(1, round(self.val_fraction * self.crops_per_photograph))
-            size = self.transform.size
-            return _Source(
-                list(PHOTOGRAPHS),
-                PhotographDataset(size, count[0], flip=self.transform.flip, seed=self.seed),
-                PhotographDataset(size, count[1], seed=self.seed, validation=True),
-            )
-        if not Path(self.source).expanduser().is_dir():
-            hint = "; root must tell where it lies" if self.source in torchvision.datasets.__all__ else ""
-            raise ValueError(
-                "source must be 'photographs', an existing folder, or with root a torchvision data set, "
-                f"got {self.source!r}{hint}"
-            )
-        names, *lists = scan_folder(self.source, self.val_fraction)
-        made = [
-            FolderDataset(images, names, transform, **options)
-            for images, transform in zip(lists, transforms, strict=True)
-        ]
-        return _Source(names, *made)
+    def _data(self) -> Source:
+        """Searched for when first asked for."""
+        return self.find_source()
 
     @property
     def class_names(self) -> list[str]:
@@ -165,6 +142,8 @@ class ImageDataModule(SharedLoaders):
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.predict == "samples":
             return self.sample_loader()
+        if isinstance(self._cached, HFStream):
+            raise ValueError("predict 'tokens' needs images in order, a stream has none: hf.streaming must be false")
         if not len(self._cached):
             raise ValueError(f"part {self.part!r} holds no images, see val_fraction")
         return self.unfinished_loader(Passes(self._cached, len(self._cached), self.crops_per_image))
@@ -184,11 +163,19 @@ class ImageDataModule(SharedLoaders):
         }
 
     def real_images(self, part: Literal["train", "val"]) -> Any:
-        """The images that generated ones are compared with: each of the part once, cropped as for validation."""
+        """The images that generated ones are compared with: each of the part once, cropped as for validation.
+
+        Raises:
+            ValueError: for the training part of a stream.
+        """
         dataset = copy.copy(self._data.train if part == "train" else self._data.val)
+        if isinstance(dataset, HFStream):
+            raise ValueError(
+                f"real {part!r} images of a stream cannot be counted out: compare with 'val', or give `reference`"
+            )
         if isinstance(dataset, ImageDataset):
-            dataset.transform = replace(dataset.transform, random_crop=False, flip=False)
-        else:
+            dataset.transform = self.options.val_transform
+        elif isinstance(dataset, PhotographDataset):
             dataset.flip = False
         return dataset
 
@@ -207,5 +194,5 @@ class ImageDataModule(SharedLoaders):
         if "_data" not in self.__dict__:
             return
         for part, dataset in (("training", self._data.train), ("validation", self._data.val)):
-            if isinstance(dataset, ImageDataset) and dataset.num_unreadable:
+            if isinstance(dataset, ImageDataset | HFStream) and dataset.num_unreadable:
                 warnings.warn(f"unreadable {part} images, replaced by others: {dataset.report()}", stacklevel=2)

@@ -58,6 +58,45 @@ class EpochSampler(DistributedSampler[Draw]):
         return len(range(self.rank, self.total, self.num_replicas))
 
 
+class StreamDraw(NamedTuple):
+    """What the training sampler asks of a stream; the sample depends on nothing else."""
+
+    epoch: int
+    reader: int
+    readers: int
+    position: int
+    """In what the reader reads."""
+
+
+class StreamSampler(EpochSampler):
+    """The share of one rank in the samples of an epoch of a stream, divided among its workers.
+
+    Every worker is a reader with a share of its own. Batch b comes from worker b modulo `workers`: so does `DataLoader`
+    divide them, whatever batch it begins with.
+
+    Args:
+        dataset: tells the length of an epoch over all ranks.
+        batch_size: samples of a batch.
+        workers: of this rank, at least 1.
+        num_replicas: ranks.
+        rank: this rank, from 0.
+    """
+
+    def __init__(self, dataset: Sized, *, batch_size: int, workers: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, shuffle=True, num_replicas=num_replicas, rank=rank)
+        self.batch_size = batch_size
+        self.workers = workers
+
+    def __iter__(self) -> Iterator[StreamDraw]:  # type: ignore[override]
+        start, self.start = self.start, 0
+        for number in range(start, len(self)):
+            batch, place = divmod(number, self.batch_size)
+            turn, worker = divmod(batch, self.workers)
+            reader = self.rank * self.workers + worker
+            position = turn * self.batch_size + place
+            yield StreamDraw(self.epoch, reader, self.num_replicas * self.workers, position)
+
+
 def even_batch_size(samples: int, num_replicas: int, batch_size: int) -> int:
     """The batch size nearest to `batch_size` (from below if there is one) that gives all ranks equally many batches.
 
@@ -117,7 +156,8 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def _shape(self) -> dict[str, int]:
-        return {"batch_size": self.batch_size or 1, "ranks": getattr(self.sampler, "num_replicas", 1)}
+        shape = {"batch_size": self.batch_size or 1, "ranks": getattr(self.sampler, "num_replicas", 1)}
+        return shape | ({"workers": self.sampler.workers} if isinstance(self.sampler, StreamSampler) else {})
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches finished in it, and what a batch was."""
@@ -127,7 +167,7 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Makes the next pass, if it is over the same epoch, begin after the batches already seen."""
         self.resume = dict(state_dict)
-        then = {key: state_dict[key] for key in self._shape()}
+        then = {key: state_dict.get(key) for key in self._shape()}
         if then != self._shape():
             warnings.warn(
                 f"the checkpoint was written with {then}, this run has {self._shape()}: until the end of the epoch "

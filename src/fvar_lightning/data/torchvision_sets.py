@@ -13,7 +13,7 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fvar_lightning.data.datasets import ImageDataset
+from fvar_lightning.data.datasets import ImageDataset, hold_out
 from fvar_lightning.data.images import ImageTransform, to_rgb
 
 TRAIN_SPLITS = ("train", "trainval", "train-standard")
@@ -62,9 +62,8 @@ def load_torchvision(
         raise ValueError(f"source {name!r} is no classification data set, its targets are {train[0][1]!r}")
     if val is not train:
         return _class_names(train), (train, np.arange(len(train))), (val, np.arange(len(val)))
-    order = np.random.default_rng(0).permutation(len(train))
-    count = round(val_fraction * len(train))
-    return _class_names(train), (train, np.sort(order[count:])), (train, np.sort(order[:count]))
+    kept, held_out = hold_out(len(train), val_fraction)
+    return _class_names(train), (train, kept), (train, held_out)
 
 
 def _parts(kind: type, root: Path, download: bool) -> tuple[Any, Any]:
