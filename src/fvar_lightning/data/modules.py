@@ -20,6 +20,7 @@ from fvar_lightning.data.pixels import to_unit_range
 from fvar_lightning.data.tokens import TokenDataset
 from fvar_lightning.data.torchvision_sets import TorchvisionDataset, load_torchvision
 from fvar_lightning.optics.refocus import Refocus
+from fvar_lightning.precision import no_autocast
 from fvar_lightning.schedule import FocusSchedule
 
 
@@ -176,7 +177,7 @@ class ImageDataModule(SharedLoaders):
         if not isinstance(batch, list):
             return batch
         pixels, labels = batch
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(pixels):
             images = to_unit_range(pixels)
             blurred = self.refocus.blur(images)
             return ImageBatch(images, labels, self.refocus.views(images, blurred), blurred)

@@ -15,6 +15,7 @@ from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.modules import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
+from fvar_lightning.precision import no_autocast
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import (
     batch_generator,
@@ -262,7 +263,7 @@ class FVARTask(LightningModule):
         """The token maps of a batch; alias tokens only where a teacher reads them."""
         if isinstance(batch, TokenBatch):
             return batch
-        with torch.autocast(self.device.type, enabled=False):
+        with no_autocast(batch.images):
             structure = self.vae.encode(self.vae.inputs(batch.images, batch.views, batch.blurred))
             alias = self._alias_source.encode(batch.views.alias) if self.teacher is not None else []
         return TokenBatch(structure, alias, batch.labels)
@@ -349,10 +350,13 @@ class FVARTask(LightningModule):
         """Name of every label; its number where there is none."""
         return self.hparams["class_names"] or [str(label) for label in range(self.student.num_classes)]
 
+    def parameters_to_train(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser."""
+        return parameter_groups(m for m in (self.student, self.teacher) if m is not None)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with a learning rate that warms up and then falls linearly."""
-        modules = [m for m in (self.student, self.teacher) if m is not None]
-        optimizer = self.optimizer_factory(parameter_groups(modules))
+        optimizer = self.optimizer_factory(self.parameters_to_train())
         steps = training_steps(self.trainer)
         scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -115,12 +115,16 @@ class Stage1Task(LightningModule):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
-        passed = self.run(batch, batch_generator(self.device, *key))
+        terms = self.losses(batch, batch_generator(self.device, *key))
+        self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
+        return terms["loss"]
+
+    def losses(self, batch: ImageBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        """All terms of a training step, and their weighted sum as ``loss``."""
+        passed = self.run(batch, generator)
         loss, pixel = self._loss(passed)
         terms = {"pixel": pixel, "vq": passed.loss}
-        loss = self.further_losses(passed, loss, terms)
-        self.log_dict({f"train/{k}": v for k, v in {"loss": loss, **terms}.items()}, prog_bar=True)
-        return loss
+        return {"loss": self.further_losses(passed, loss, terms), **terms}
 
     def _loss(self, passed: Reconstruction) -> tuple[Tensor, Tensor]:
         pairs = zip(passed.decoded, passed.targets, strict=True)

@@ -204,7 +204,8 @@ class TokenizerTask(Stage1Task):
         self, discriminator: nn.Module, fake: Tensor, real: Tensor, loss: Tensor, terms: dict[str, Tensor]
     ) -> Tensor:
         """Both sides of the game as one loss: neither reaches the other's weights, so one optimiser serves both."""
-        if self.global_step < self.adversarial_start * self.trainer.estimated_stepping_batches:
+        start = self.adversarial_start
+        if start > 0 and self.global_step < start * self.trainer.estimated_stepping_batches:
             # DistributedDataParallel wants a gradient for every weight
             return sum((0 * p.sum() for p in discriminator.parameters()), loss.new_zeros(()))
         terms["generator"] = generator_loss(discriminator, fake)
