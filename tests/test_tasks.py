@@ -1,6 +1,7 @@
 """The tasks: losses, gradients, and `fvar` in process on tiny configurations."""
 
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
-from fvar_lightning.tasks.training import batch_generator, parameter_groups, warmup_linear
+from fvar_lightning.tasks.training import WarmupLinear, batch_generator, parameter_groups
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.weights.checkpoints import load_tokenizer
@@ -336,6 +337,9 @@ def test_without_weights_there_is_no_teacher(trained: dict[str, Path]) -> None:
         ({"logit_weight": -1.0}, "logit_weight must not be negative, got -1"),
         ({"feature_blocks": 3}, r"feature_blocks must lie in 1..2 \(alias_blocks\), got 3"),
         ({"label_dropout": 1.0}, "label_dropout must lie in"),
+        ({"lr_hold": -0.1}, r"lr_hold must lie in \[0, 1\], got -0.1"),
+        ({"weight_decay_final": -0.1}, "weight_decay_final must not be negative, got -0.1"),
+        ({"initial_gain": -1.0}, "initial_gain must not be negative, got -1"),
         ({"alias_blocks": 9}, r"alias_blocks must lie in 1..3"),
     ],
 )
@@ -377,7 +381,7 @@ def test_parameter_groups_spare_biases_and_positions(trained: dict[str, Path]) -
 
 def test_learning_rate_rises_then_falls() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    scheduler = warmup_linear(optimizer, steps=100, warmup=0.1, final=0.01)
+    scheduler = WarmupLinear(optimizer, steps=100, warmup=0.1, final=0.01)
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -386,6 +390,46 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[9] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(2 * (0.01 + 0.99 / 90))
+
+
+def test_rate_and_decay_are_those_of_official_runs() -> None:
+    steps, rising = 2000, 40
+    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    groups = [{"params": weights[:1]}, {"params": weights[1:], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3.0, weight_decay=0.05)
+    scheduler = WarmupLinear(optimizer, steps, warmup=0.02, final=0.1, hold=0.05, weight_decay_final=0.08)
+    for i in range(steps):
+        # lr_wd_annealing of official VAR, sche_type lin0
+        passed = (i - rising) / (steps - 1 - rising)
+        fallen = 1.0 if passed < 0.05 else 0.1 + 0.9 * (1 - passed) / 0.95
+        rate = 0.005 + 0.995 * i / rising if i < rising else fallen
+        decay = 0.08 + (0.05 - 0.08) * (0.5 + 0.5 * math.cos(math.pi * i / (steps - 1)))
+        # the rate of the first step, and where the fall ends
+        assert abs(optimizer.param_groups[0]["lr"] / 3 - rate) < (1 / rising if i < rising else 1 / (steps - rising))
+        assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(decay, rel=1e-9)
+        assert optimizer.param_groups[1]["weight_decay"] == 0
+        optimizer.step()
+        scheduler.step()
+
+
+def test_accumulated_batches_draw_each_their_own_and_count_as_one_step(
+    tmp_path: Path, image_folder: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+
+    def recorded(device: torch.device, *key: int) -> torch.Generator:
+        keys.append(key)
+        return batch_generator(device, *key)
+
+    monkeypatch.setattr("fvar_lightning.tasks.fvar.batch_generator", recorded)
+    # four batches an epoch, so two steps, the second of one batch
+    accumulate = ["--trainer.accumulate_grad_batches=3", "--trainer.max_epochs=2", "--trainer.max_steps=-1"]
+    fit("fvar.yaml", image_folder, tmp_path, [*stage2_args(trained), *accumulate, "--model.lr_warmup=0.5"])
+    assert len(keys) == len(set(keys)) == 8
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint["global_step"] == checkpoint["lr_schedulers"][0]["last_epoch"] == 4
+    # of four steps two rise; after the fourth the rate has fallen
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.1 * 1e-4)
 
 
 def test_batch_generator_depends_on_its_key_alone() -> None:

@@ -72,6 +72,16 @@ def test_cached_equals_uncached(kind: dict[str, bool]) -> None:
         torch.testing.assert_close(logits, expected[:, rows])
 
 
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_branches_start_open_by_the_initial_gain(shared_aln: bool) -> None:
+    var = VAR((1,), vocab_size=4, num_classes=2, depth=1, width=64, shared_aln=shared_aln, initial_gain=1e-3)
+    block = var.blocks[0]
+    weight = block.ada_gss[0, 0] if shared_aln else block.ada_lin[1].weight.unflatten(0, (6, 64))
+    drawn = 1 / 64**0.5 if shared_aln else 1 / (3 * 64) ** 0.5
+    found = weight.flatten(1).std(1) / drawn
+    torch.testing.assert_close(found.detach(), torch.tensor([1e-3] * 2 + [0.5] * 4), rtol=0.35, atol=0)
+
+
 def test_masks_of_stochastic_depth_keep_the_mean() -> None:
     var = make_var(drop_path_rate=0.6)
     keep = var.keep_masks(20000, torch.Generator().manual_seed(0))

@@ -18,11 +18,11 @@ from fvar_lightning.generation.sampling import generate, generate_stages
 from fvar_lightning.precision import no_autocast
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import (
+    WarmupLinear,
     batch_generator,
     check_views,
     parameter_groups,
     training_steps,
-    warmup_linear,
 )
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.build import Tokenizer
@@ -82,7 +82,8 @@ class FVARTask(LightningModule):
             folder; class embeddings are new where the number of classes differs.
         num_classes: from the data module.
         class_names: from the data module.
-        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm, recompute: of the student, see `VAR`.
+        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm, initial_gain, recompute: of the
+            student, see `VAR`.
         trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
         teacher_loss_weight: of the teacher's own cross-entropy.
         feature_weight: of the feature distillation (lambda_feat).
@@ -92,7 +93,10 @@ class FVARTask(LightningModule):
         guidance, top_k, top_p: of `generate`, for prediction.
         optimizer: of student and teacher.
         lr_warmup: part of the run during which the learning rate rises.
+        lr_hold: part of the rest during which it stays at its peak.
         lr_final: learning rate at the end over its peak.
+        weight_decay_final: weight decay at the end, to which the optimiser's changes by half a cosine; ``None``: none
+            of it changes.
         seed: of label dropout and stochastic depth.
 
     Raises:
@@ -112,6 +116,7 @@ class FVARTask(LightningModule):
         drop_path_rate: float | None = None,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
+        initial_gain: float = 1e-5,
         recompute: bool = False,
         trunk: Literal["shared", "separate"] = "shared",
         alias_blocks: int = 2,
@@ -127,7 +132,9 @@ class FVARTask(LightningModule):
         top_p: float = 0.96,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup: float = 0.02,
+        lr_hold: float = 0.0,
         lr_final: float = 0.1,
+        weight_decay_final: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -148,11 +155,15 @@ class FVARTask(LightningModule):
             raise ValueError(f"feature_blocks must lie in 1..{alias_blocks} (alias_blocks), got {feature_blocks}")
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
+        if not 0 <= lr_hold <= 1:
+            raise ValueError(f"lr_hold must lie in [0, 1], got {lr_hold}")
+        if weight_decay_final is not None and weight_decay_final < 0:
+            raise ValueError(f"weight_decay_final must not be negative, got {weight_decay_final}")
         self.save_hyperparameters(ignore=["optimizer"])
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
-        self.lr_plan = lr_warmup, lr_final
+        self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
         vae = _tokenizer(structure_tokenizer)
         if not isinstance(vae, VQVAE):
@@ -174,6 +185,7 @@ class FVARTask(LightningModule):
             drop_path_rate=drop_path_rate,
             shared_aln=shared_aln,
             attn_l2_norm=attn_l2_norm,
+            initial_gain=initial_gain,
             recompute=recompute,
         )
         if initial_weights is not None:
@@ -355,8 +367,8 @@ class FVARTask(LightningModule):
         return parameter_groups(m for m in (self.student, self.teacher) if m is not None)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser with a learning rate that warms up and then falls linearly."""
+        """The optimiser with a learning rate that warms up and then falls linearly, and with its weight decay."""
         optimizer = self.optimizer_factory(self.parameters_to_train())
         steps = training_steps(self.trainer)
-        scheduler = warmup_linear(optimizer, steps, *self.lr_plan)
+        scheduler = WarmupLinear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

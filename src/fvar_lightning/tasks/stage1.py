@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import CodebookUsage
 from fvar_lightning.tasks.training import (
+    WarmupLinear,
     batch_generator,
     check_views,
     parameter_groups,
     training_steps,
-    warmup_linear,
 )
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.losses import pixel_loss
@@ -159,5 +159,5 @@ class Stage1Task(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with a learning rate that warms up and then falls linearly."""
         optimizer = self.optimizer_factory(self.parameters_to_train())
-        scheduler = warmup_linear(optimizer, training_steps(self.trainer), *self.lr_plan)
+        scheduler = WarmupLinear(optimizer, training_steps(self.trainer), *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -149,8 +149,12 @@ class TokenizerTask(Stage1Task):
     def setup(self, stage: str) -> None:
         """Refuse a data module of other views; for a fit, load the network of the perceptual loss."""
         super().setup(stage)
-        if stage == "fit" and self.perceptual != "none":
-            self._perceptual = [perceptual_loss(self.perceptual)]
+        if stage == "fit":
+            self.load_perceptual()
+
+    def load_perceptual(self) -> None:
+        """Load the network of the perceptual loss, on the CPU."""
+        self._perceptual = [] if self.perceptual == "none" else [perceptual_loss(self.perceptual)]
 
     def on_fit_start(self) -> None:
         """Bring the frozen network to the device."""

@@ -61,14 +61,49 @@ def training_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
-def warmup_linear(optimizer: torch.optim.Optimizer, steps: int, warmup: float, final: float) -> LambdaLR:
-    """Learning rate rising linearly over `warmup` of the `steps`, then falling linearly to `final` of its peak."""
-    rising = max(round(warmup * steps), 1)
+class WarmupLinear(LambdaLR):
+    """Learning rate and weight decay over the steps of a run.
 
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        rest = (steps - step) / max(steps - rising, 1)
-        return final + (1 - final) * max(rest, 0.0)
+    The rate rises linearly, stays at its peak, then falls linearly: VAR's ``lin0``, but for the rate of the first step,
+    which there is 0.005 of the peak. The decay goes from the optimiser's to the final one by half a cosine.
 
-    return LambdaLR(optimizer, factor)
+    Args:
+        optimizer: whose groups without decay stay without.
+        steps: of the run.
+        warmup: part of the steps during which the rate rises.
+        final: rate at the end over its peak.
+        hold: part of the rest during which it stays at its peak.
+        weight_decay_final: weight decay at the end; ``None``: the optimiser's.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        warmup: float,
+        final: float,
+        hold: float = 0.0,
+        weight_decay_final: float | None = None,
+    ) -> None:
+        rising = max(round(warmup * steps), 1)
+        falling = rising + round(hold * (steps - rising))
+        self.last_step, self.weight_decay_final = max(steps - 1, 1), weight_decay_final
+        self.weight_decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
+
+        def factor(step: int) -> float:
+            if step < rising:
+                return (step + 1) / rising
+            rest = (steps - step) / max(steps - falling, 1)
+            return final + (1 - final) * min(max(rest, 0.0), 1.0)
+
+        super().__init__(optimizer, factor)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go on by a step."""
+        super().step(epoch)
+        if self.weight_decay_final is None:
+            return
+        passed = (1 - math.cos(math.pi * min(self.last_epoch / self.last_step, 1))) / 2
+        for group, decay in zip(self.optimizer.param_groups, self.weight_decays, strict=True):
+            if decay > 0:
+                group["weight_decay"] = decay + passed * (self.weight_decay_final - decay)

@@ -154,11 +154,11 @@ class AdaLNBlock(nn.Module):
         self.ada_lin = None if shared_aln else nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     @torch.no_grad()
-    def close_branches(self, depth: int) -> None:
+    def close_branches(self, depth: int, gain: float) -> None:
         """Scale freshly drawn weights so that the branches of `depth` blocks start almost closed (see `VAR`)."""
         self.attn.proj.weight.div_(math.sqrt(2 * depth))
         self.ffn.fc2.weight.div_(math.sqrt(2 * depth))
-        factors = torch.tensor([1e-5] * 2 + [0.5] * 4)
+        factors = torch.tensor([gain] * 2 + [0.5] * 4)
         if self.ada_gss is not None:
             self.ada_gss.mul_(factors[:, None].to(self.ada_gss))
         elif self.ada_lin is not None:
