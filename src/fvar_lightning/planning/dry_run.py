@@ -74,9 +74,15 @@ class LikeCUDA(TorchFunctionMode):
         super().__init__()
         self._cast: dict[int, Tensor] | None = {}
 
-    def forget_weights(self) -> None:
-        """Drop the half-precision weights as autocast does at its end; those of later passes are dropped at once."""
+    def forget_weights(self) -> int:
+        """Drop the half-precision weights, as autocast does at its end, and those of later passes at once.
+
+        Returns:
+            Bytes of those that the backward pass keeps.
+        """
+        kept = weakref.WeakSet(weight.untyped_storage() for weight in (self._cast or {}).values())
         self._cast = None
+        return sum(storage.nbytes() for storage in kept)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -129,5 +135,5 @@ def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out:
 
 def backward(loss: Tensor) -> None:
     """loss.backward(), which itself would leave `LikeCUDA` before it computes again what was not kept."""
-    engine = torch.autograd.Variable._execution_engine
-    engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    run = torch.autograd.Variable._execution_engine.run_backward
+    run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)

@@ -3,12 +3,11 @@
 from typing import Any, NamedTuple
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from fvar_lightning.data.batches import ImageBatch, TokenBatch
 from fvar_lightning.data.modules import ImageDataModule
-from fvar_lightning.dry_run import LikeCUDA, Meter, backward
+from fvar_lightning.planning.dry_run import LikeCUDA, Meter, backward
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.stage1 import Stage1Task
 from fvar_lightning.tasks.tokenizer import TokenizerTask
@@ -24,9 +23,11 @@ class Cost(NamedTuple):
     batch: int
     """Images and their views, or tokens."""
     kept: int
-    """What the forward pass keeps for the backward pass, half-precision copies of the weights among it."""
+    """What the forward pass keeps for the backward pass, but for the next."""
+    half_weights: int
+    """Half-precision copies of weights that it keeps."""
     peak: int
-    """The most that exists at a time of batch, kept and all else that the passes make."""
+    """The most that exists at a time of batch, kept, half_weights and all else that the passes make."""
     states: int
     """Of the optimiser."""
     update: int
@@ -35,13 +36,15 @@ class Cost(NamedTuple):
     """Weights of frozen networks of the losses."""
 
 
-def step_cost(task: LightningModule, data: ImageDataModule | None, batch_size: int, dtype: torch.dtype | None) -> Cost:
+def step_cost(
+    task: FVARTask | Stage1Task, data: ImageDataModule | None, batch_size: int, dtype: torch.dtype | None
+) -> Cost:
     """Of the step after the codes are set and, where there is a discriminator, after it has joined.
 
     Gradients are there all the time, as they are under accumulation. The codebook's upkeep is left out. It is small.
 
     Args:
-        task: one of this library, on device meta.
+        task: on device meta.
         data: what makes images and views; ``None``: tokens from a cache.
         batch_size: images.
         dtype: of autocast; ``None``: float32 throughout.
@@ -61,24 +64,24 @@ def step_cost(task: LightningModule, data: ImageDataModule | None, batch_size: i
                 inputs = task.tokens(batch)
                 frozen_flops = meter.flops
             loss = task.losses(inputs, torch.Generator("cpu").manual_seed(0))["loss"]
-        like_cuda.forget_weights()
-        kept = meter.live - loaded
+        half_weights = like_cuda.forget_weights()
+        kept = meter.live - loaded - half_weights
         backward(loss)
     flops, peak = meter.flops - frozen_flops, meter.peak
     del loss, inputs, batch
     states, update = _update_cost(task, meter)
-    return Cost(flops, frozen_flops, loaded, kept, peak, states, update, meter.found)
+    return Cost(flops, frozen_flops, loaded, kept, half_weights, peak, states, update, meter.found)
 
 
-def _settle(task: LightningModule) -> None:
+def _settle(task: Any) -> None:
     """Bring the task to the state of the long run: codes set, all losses in force."""
     # in training mode codebooks are kept up, which asks for values
     task.eval()
     if isinstance(task, Stage1Task):
         task.tokenizer.codebook.updates = torch.tensor(2**62, device="cpu")
     if isinstance(task, TokenizerTask):
-        with torch.device("meta"):
-            task.load_perceptual()
+        task.load_perceptual()
+        task.on_fit_start()  # to the device
         task.adversarial_start = 0.0
 
 
