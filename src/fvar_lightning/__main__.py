@@ -4,6 +4,7 @@ import sys
 
 COMMANDS = {
     "export": "a trained model in a form to use or publish",
+    "plan": "parameters, work, memory and time of a configuration, before it is run",
     "quickstart": "all stages, small, on the photographs bundled with scikit-image",
 }
 """Beside those of LightningCLI (fit, validate, test, predict)."""
@@ -22,6 +23,10 @@ def run(args: list[str] | None = None) -> None:
         from fvar_lightning.weights.export import export_command
 
         export_command(args[1:])
+    elif command == "plan":
+        from fvar_lightning.planning.command import plan_command
+
+        plan_command(args[1:])
     elif command == "quickstart":
         from fvar_lightning.quickstart import quickstart_command
 

@@ -59,9 +59,7 @@ class FVARCommandLine(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for leaf in ("patch_nums", "patch_size", "focus_states", "max_radius", "schedule"):
-            parser.link_arguments(f"data.init_args.schedule.{leaf}", f"model.init_args.schedule.{leaf}")
-        parser.link_arguments("data.init_args.psf", "model.init_args.psf")
+        link_views(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Set the checkpoint aside, whose hyper-parameters LightningCLI would put on top of all else."""
@@ -119,6 +117,13 @@ class FVARCommandLine(LightningCLI):
             while root.__cause__ is not None:
                 root = root.__cause__
             self.parser.error(str(root))
+
+
+def link_views(parser: LightningArgumentParser) -> None:
+    """Have a configuration's task take the schedule and the point-spread function of its data module."""
+    for leaf in ("patch_nums", "patch_size", "focus_states", "max_radius", "schedule"):
+        parser.link_arguments(f"data.init_args.schedule.{leaf}", f"model.init_args.schedule.{leaf}")
+    parser.link_arguments("data.init_args.psf", "model.init_args.psf")
 
 
 def brief(value: object) -> str:

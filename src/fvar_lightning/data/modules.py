@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from fvar_lightning.data.pixels import to_unit_range
 from fvar_lightning.data.sources import Source, SourceOptions, find_source
 from fvar_lightning.data.streams import HFStream
 from fvar_lightning.optics.refocus import Refocus
+from fvar_lightning.precision import no_autocast
 from fvar_lightning.schedule import FocusSchedule
 
 
@@ -184,7 +184,7 @@ class ImageDataModule(SharedLoaders):
         if not isinstance(batch, list):
             return batch
         pixels, labels = batch
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(pixels):
             images = to_unit_range(pixels)
             blurred = self.refocus.blur(images)
             return ImageBatch(images, labels, self.refocus.views(images, blurred), blurred)

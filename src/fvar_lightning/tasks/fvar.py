@@ -15,6 +15,7 @@ from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
+from fvar_lightning.precision import no_autocast
 from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
 from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
 from fvar_lightning.tasks.tokens import check_cache, hashes, identity
@@ -301,7 +302,7 @@ class FVARTask(LightningModule):
         """The token maps of a batch; alias tokens only where a teacher reads them."""
         if isinstance(batch, TokenBatch):
             return batch
-        with torch.autocast(self.device.type, enabled=False):
+        with no_autocast(batch.images):
             structure = self.vae.encode(self.vae.inputs(batch.images, batch.views, batch.blurred))
             alias = self._alias_source.encode(batch.views.alias) if self.teacher is not None else []
         return TokenBatch(structure, alias, batch.labels)
@@ -406,10 +407,13 @@ class FVARTask(LightningModule):
         """Number of labels; None until the data module has told."""
         return self.hparams["num_classes"]
 
+    def parameters_to_train(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser."""
+        return parameter_groups(m for m in (self.student, self.teacher) if m is not None)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser with a learning rate that warms up and then falls linearly, and with its weight decay."""
-        modules = [m for m in (self.student, self.teacher) if m is not None]
-        optimizer = self.optimizer_factory(parameter_groups(modules))
+        optimizer = self.optimizer_factory(self.parameters_to_train())
         steps = training_steps(self.trainer)
         scheduler = WarmupLinear(optimizer, steps, *self.lr_plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -115,13 +115,17 @@ class Stage1Task(LightningModule):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
-        passed = self.run(batch, batch_generator(self.device, *key))
+        terms = self.losses(batch, batch_generator(self.device, *key))
+        for name, value in terms.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        return terms["loss"]
+
+    def losses(self, batch: ImageBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        """All terms of a training step, and their weighted sum as ``loss``."""
+        passed = self.run(batch, generator)
         loss, pixel = self._loss(passed)
         terms = {"pixel": pixel, "vq": passed.loss}
-        loss = self.further_losses(passed, loss, terms)
-        for name, value in {"loss": loss, **terms}.items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
-        return loss
+        return {"loss": self.further_losses(passed, loss, terms), **terms}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The codebook's step: once for each of the optimiser's, before any checkpoint of it."""

@@ -157,8 +157,12 @@ class TokenizerTask(Stage1Task):
     def setup(self, stage: str) -> None:
         """Refuse a data module of other views; for a fit, load the network of the perceptual loss."""
         super().setup(stage)
-        if stage == "fit" and self.perceptual != "none":
-            self._perceptual = [perceptual_loss(self.perceptual)]
+        if stage == "fit":
+            self.load_perceptual()
+
+    def load_perceptual(self) -> None:
+        """Load the network of the perceptual loss, on the CPU."""
+        self._perceptual = [] if self.perceptual == "none" else [perceptual_loss(self.perceptual)]
 
     def on_fit_start(self) -> None:
         """Bring the frozen network to the device."""
@@ -211,7 +215,8 @@ class TokenizerTask(Stage1Task):
         self, discriminator: nn.Module, fake: Tensor, real: Tensor, loss: Tensor, terms: dict[str, Tensor]
     ) -> Tensor:
         """Both sides of the game as one loss: neither reaches the other's weights, so one optimiser serves both."""
-        if self.global_step < self.adversarial_start * self.trainer.estimated_stepping_batches:
+        start = self.adversarial_start
+        if start > 0 and self.global_step < start * self.trainer.estimated_stepping_batches:
             # DistributedDataParallel wants a gradient for every weight
             return sum((0 * p.sum() for p in discriminator.parameters()), loss.new_zeros(()))
         terms["generator"] = generator_loss(discriminator, fake)

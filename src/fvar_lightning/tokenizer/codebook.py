@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from fvar_lightning.precision import no_autocast
+
 KMEANS_ITERATIONS = 10
 POOL = 32
 """Vectors of the pool that initialises the codes, for each of them, where there are so many."""
@@ -149,7 +151,7 @@ class Codebook(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Indices of the nearest codes: (N, C) -> (N,) int64. Under autocast too in the precision of its arguments."""
         codes = self.embedding.weight.to(vectors.dtype)
-        with torch.autocast(vectors.device.type, enabled=False):
+        with no_autocast(vectors):
             if self.cosine:
                 return (vectors @ F.normalize(codes, dim=1).T).argmax(1)
             return torch.addmm(codes.square().sum(1), vectors, codes.T, alpha=-2).argmin(1)

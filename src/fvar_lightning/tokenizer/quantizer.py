@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fvar_lightning.precision import no_autocast
 from fvar_lightning.tokenizer.codebook import Codebook, exact
 
 
@@ -40,7 +41,7 @@ class Phi(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return 0.5 * x + 0.5 * F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=1)
 
 
@@ -107,7 +108,7 @@ class MultiScaleQuantizer(nn.Module):
             features: z_s, S tensors (B, C, pn_s, pn_s).
             references: what f_hat is drawn to after every scale, at size pn_s or h; `features` where left out.
         """
-        with torch.autocast(features[0].device.type, enabled=False):
+        with no_autocast(features[0]):
             features = [exact(z) for z in features]
             references = features if references is None else [exact(z) for z in references]
             return (self._warm_up if self.codebook.warming_up else self._quantise)(features, references)
@@ -137,7 +138,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Token maps of the features z_s: S tensors (B, pn_s^2) int64."""
-        with torch.autocast(features[0].device.type, enabled=False):
+        with no_autocast(features[0]):
             features = [exact(z) for z in features]
             f_hat = torch.zeros_like(features[-1])
             maps = []
