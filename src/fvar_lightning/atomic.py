@@ -24,6 +24,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def remove_partial(folder: str | Path, name: str) -> None:
+    """Remove what processes killed while `replacing` files of a name (a pattern, as for `Path.glob`) left behind."""
+    for beside in Path(folder).glob(f"{name}.*.partial"):
+        beside.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Indented JSON, whole or not at all."""
     with replacing(path) as beside:

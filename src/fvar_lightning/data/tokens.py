@@ -197,6 +197,10 @@ class TokenDataset(Dataset[tuple[Tensor, Tensor | None, int]]):
     def __len__(self) -> int:
         return self.ends[-1]
 
+    def name(self, row: int) -> str:
+        """Where a row comes from, for messages."""
+        return f"row {row} of {self.folder}"
+
     def __getitem__(self, item: int | Draw) -> tuple[Tensor, Tensor | None, int]:
         row = item.index if isinstance(item, Draw) else item
         if not 0 <= row < len(self):

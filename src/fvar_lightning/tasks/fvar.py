@@ -6,7 +6,6 @@ Legend: B batch, S scales, L tokens of all scales, Z latent channels.
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -15,6 +14,7 @@ from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
 from fvar_lightning.data.modules import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
+from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.sharding import gathered, shard
 from fvar_lightning.tasks.training import (
     batch_generator,
@@ -63,7 +63,7 @@ class StepInputs(NamedTuple):
     """(depth, B, 2), see `VAR.keep_masks`."""
 
 
-class FVARTask(LightningModule):
+class FVARTask(FiniteTask):
     """Trains the student, and the teacher that distils the alias tokens into it (paper section 3.6, eq. 12).
 
         loss = CE(student) + teacher_loss_weight * CE(teacher)
@@ -226,6 +226,7 @@ class FVARTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -306,6 +307,7 @@ class FVARTask(LightningModule):
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         terms = self.losses(self.tokens(batch), batch_generator(self.device, *key))
+        self.report(terms, batch_idx)
         self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
         return terms["loss"]
 
