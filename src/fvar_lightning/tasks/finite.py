@@ -1,6 +1,7 @@
 """FiniteTask: training that stops at a loss that is not finite, and names the batch."""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +101,8 @@ class FiniteTask(LightningModule):
         )
 
     def _rescue(self) -> str:
-        paths = [getattr(callback, "last_model_path", "") for callback in self.trainer.checkpoint_callbacks]
-        last = next(filter(None, [*paths, self.trainer.ckpt_path]), None)
+        own = [getattr(callback, "last_model_path", "") for callback in self.trainer.checkpoint_callbacks]
+        last = next((path for path in (*own, self.trainer.ckpt_path) if path and Path(path).exists()), None)
         return "No checkpoint has been written yet" if last is None else f"The last good checkpoint is {last}"
 
 
