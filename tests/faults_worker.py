@@ -17,10 +17,15 @@ class Pulse(Callback):
     """Tells the test where the run is: before every step, and where a checkpoint is about to be written."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        PULSE[0].send("step")
+        tell(trainer, "step")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        PULSE[0].send("save")
+        tell(trainer, "save")
+
+
+def tell(trainer: Trainer, event: str) -> None:
+    if trainer.is_global_zero:
+        PULSE[0].send(event)
 
 
 def fit(args: list[str], rank: int, port: int, log: str, pulse: Connection) -> None:

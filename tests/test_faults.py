@@ -39,9 +39,9 @@ from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 
 CONF = Path(__file__).parent / "conf"
-STEPS = 160
+STEPS = 400
 INTERVAL = 5
-"""Steps between two checkpoints: at the end of an epoch of 3 batches, and within one."""
+"""Steps between two checkpoints: at the end of an epoch (4 batches), and within one."""
 
 
 # Twenty kills in every stage
@@ -69,11 +69,10 @@ class Run:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.pulse, sender = server.Pipe(duplex=False)
-        silent = server.Pipe(duplex=False)
         self.processes: list[ForkServerProcess] = []
         for rank in range(ranks):
-            target = (args, rank, port, str(log), silent[1] if rank else sender)
-            self.processes.append(server.Process(target=faults_worker.fit, args=target))
+            own = (args, rank, port, str(log), sender)
+            self.processes.append(server.Process(target=faults_worker.fit, args=own))
             self.processes[-1].start()
         sender.close()
 
@@ -215,17 +214,17 @@ def test_both_processes_stop_where_one_has_a_loss_that_is_not_finite(
     args += [
         "--trainer.callbacks+=faults_worker.Poison",
         "--trainer.callbacks.rank=1",
-        "--trainer.callbacks.micro_batch=8",
+        "--trainer.callbacks.micro_batch=11",
     ]
     assert Run(server, args, 2, tmp_path / "log").finish() == [1, 1]
     first, second = ((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
     assert "rank 0: another rank found what is not finite and names it" in first
-    # three batches of two an epoch: number 8 is the last of the third epoch
+    # four batches of two an epoch: number 11 is the last of the third epoch
     data = make_data(image_folder, val_fraction=0.25)
     sampler = EpochSampler(data._data.train, shuffle=True, num_replicas=2, rank=1)
     sampler.set_epoch(2)
-    names = "".join(f"\n  {data._data.train.name(draw.index)}" for draw in list(sampler)[4:6])
-    assert "the loss is not finite at step 5 (epoch 2, batch 2, rank 1): student" in second
+    names = "".join(f"\n  {data._data.train.name(draw.index)}" for draw in list(sampler)[6:8])
+    assert "the loss is not finite at step 5 (epoch 2, batch 3, rank 1): student" in second
     assert f"loss nan. The samples of the batch:{names}\nThe last good checkpoint is {tmp_path / 'last.ckpt'}" in second
     assert state(tmp_path / "last.ckpt")["global_step"] == 5
 
