@@ -39,8 +39,8 @@ from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 
 CONF = Path(__file__).parent / "conf"
-STEPS = 400
-INTERVAL = 5
+STEPS = 160
+INTERVAL = 3
 """Steps between two checkpoints: at the end of an epoch (4 batches), and within one."""
 
 
@@ -109,10 +109,10 @@ def killed_at_random(run: Run, ranks: int, rng: random.Random) -> str:
     where = rng.choices(["start", "step", "save"], [1, 6, 4])[0]
     if where == "start":
         time.sleep(rng.uniform(0, 1))
-    elif not run.wait_for(where, rng.randint(1, 14 if where == "step" else 3)):
+    elif not run.wait_for(where, rng.randint(1, 8 if where == "step" else 2)):
         return "finished"
     else:
-        time.sleep(rng.uniform(0, 0.03))
+        time.sleep(rng.uniform(0, 0.02))
     first = rng.choice([[0], [1], [0, 1]]) if ranks == 2 else [0]
     run.kill(first, rng.uniform(0, 0.2))
     return where
@@ -339,6 +339,17 @@ def test_half_written_files_are_no_checkpoints_and_go(
     trainer.fit(make_task(tokenizers), make_data(image_folder, batch_size=5, val_fraction=0.25), ckpt_path="last")
     assert state(tmp_path / "last.ckpt")["global_step"] == 3
     assert {path.name for path in tmp_path.glob("*.ckpt*")} == {"last.ckpt", "other.ckpt.17.partial"}
+
+
+def test_the_same_command_begins_a_run_and_continues_it(image_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lightning_logs" / "mine" / "checkpoints" / "last.ckpt"
+    for steps, resumed in ((2, None), (4, str(path))):
+        cli = main(["fit", f"--config={CONF / 'alias.yaml'}", f"--data.source={image_folder}",
+                    f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}",
+                    "--trainer.logger.version=mine", "--trainer.callbacks=LastCheckpoint", "--ckpt_path=last",
+                    f"--trainer.max_steps={steps}"])  # fmt: skip
+        assert cli.trainer.ckpt_path == resumed
+        assert state(path)["global_step"] == steps
 
 
 def test_the_checkpoint_of_another_run_stays(
