@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import faults_worker
 from evaluation_worker import LAYOUT, make_data, make_task, make_trainer, write_tokenizers
+from fvar_lightning import atomic
 from fvar_lightning.callbacks.checkpoint import LastCheckpoint
 from fvar_lightning.callbacks.files import AtomicCheckpointIO
 from fvar_lightning.cli import main
@@ -339,6 +341,51 @@ def test_half_written_files_are_no_checkpoints_and_go(
     trainer.fit(make_task(tokenizers), make_data(image_folder, batch_size=5, val_fraction=0.25), ckpt_path="last")
     assert state(tmp_path / "last.ckpt")["global_step"] == 3
     assert {path.name for path in tmp_path.glob("*.ckpt*")} == {"last.ckpt", "other.ckpt.17.partial"}
+
+
+def test_a_folder_is_replaced_by_another_whenever_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each of its renames and removals: one of the two is whole, and is found as the last checkpoint."""
+
+    def write(path: Path, content: str) -> None:
+        path.mkdir()
+        for name in "abc":
+            (path / name).write_text(content)
+
+    def contents() -> set[str]:
+        found = [path for path in tmp_path.iterdir() if path.suffix == ".ckpt" and path.stem.startswith("last")]
+        return {"".join(sorted((path / name).read_text() for name in "abc")) for path in found}
+
+    left = [100]
+
+    def counted(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                if function is rmtree:
+                    (args[0] / "a").unlink()
+                killed()
+            function(*args, **options)
+
+        return call
+
+    rmtree = shutil.rmtree
+    for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    path = tmp_path / "last.ckpt"
+    write(path, "0")
+    for generation in range(1, 40):
+        write(tmp_path / "last.ckpt.1.partial", str(generation % 10))
+        left[0] = generation % 7 if generation % 2 else 100
+        try:
+            atomic.replace_folder(tmp_path / "last.ckpt.1.partial", path)
+        except RuntimeError:
+            left[0] = 100
+            atomic.remove_partial(tmp_path, "last*.ckpt")
+        else:
+            assert contents() == {3 * str(generation % 10)}
+        assert contents()
+        assert contents() <= {3 * str(g % 10) for g in (generation - 2, generation - 1, generation)}
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["last.ckpt"], ["last-before.ckpt"])
 
 
 def test_the_same_command_begins_a_run_and_continues_it(image_folder: Path, tmp_path: Path) -> None:

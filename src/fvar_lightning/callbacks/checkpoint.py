@@ -10,16 +10,18 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fvar_lightning.atomic import remove_partial
+from fvar_lightning.atomic import remove_partial, replace_folder
 from fvar_lightning.callbacks.files import AtomicCheckpointIO
 
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, replaced every so many steps and where training ends, wherever between two of these that is.
 
-    The file is replaced as a whole (`AtomicCheckpointIO`), always between two optimiser steps. SIGTERM, by which SLURM
+    The file is replaced as a whole (`AtomicCheckpointIO`), and so is the folder of a sharded checkpoint; always between
+    two optimiser steps. SIGTERM, by which SLURM
     and other schedulers announce that they will kill a run, has it written at the end of the running step (or of the
     validation that is running) and then ends the process with status 143, on all ranks, whichever got the signal. With
     several processes every step ends with one all-reduced flag for that.
@@ -100,7 +102,14 @@ class LastCheckpoint(ModelCheckpoint):
             return
         if not self.last_model_path:
             self.last_model_path = self._new_path(trainer)
-        trainer.save_checkpoint(self.last_model_path)
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            # a folder, perhaps, that every rank writes into
+            beside = f"{self.last_model_path}.{os.getpid()}.partial"
+            trainer.save_checkpoint(beside)
+            if trainer.is_global_zero:
+                replace_folder(beside, self.last_model_path)
+        else:
+            trainer.save_checkpoint(self.last_model_path)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(self)
 
