@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -206,6 +207,32 @@ def test_sigterm_to_any_of_two_processes_saves_on_both(
         assert least <= state(run / "last.ckpt")["global_step"] < 30
     assert Run(server, fit_args(args, run), 2, tmp_path / "run.log").finish() == [0, 0]
     torch.testing.assert_close(state(run / "last.ckpt"), state(whole / "last.ckpt"), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_kills_lose_no_sharded_checkpoint(
+    server: ForkServerContext, image_folder: Path, stage2: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    """Folders into which both processes write; five kills, all while one is being written or just has been."""
+    args = [arg for arg in stage_args("images", 2, image_folder, *stage2) if "strategy" not in arg]
+    args += ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.data_parallel_size=2",
+             "--trainer.strategy.tensor_parallel_size=1", "--trainer.strategy.process_group_backend=gloo",
+             "--trainer.strategy.save_distributed_checkpoint=true", "--trainer.max_steps=24"]  # fmt: skip
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    assert Run(server, fit_args(args, whole), 2, tmp_path / "whole.log").finish() == [0, 0]
+    rng = random.Random(0)
+    for kill in range(5):
+        run = Run(server, fit_args(args, disturbed), 2, tmp_path / "disturbed.log")
+        assert run.wait_for("save", 1 + (kill == 0)), (tmp_path / "disturbed.log.0").read_text()[-3000:]
+        time.sleep(rng.uniform(0, 0.1))
+        run.kill([kill % 2], 0.1)
+        assert list(disturbed.glob("last*.ckpt"))
+    assert Run(server, fit_args(args, disturbed), 2, tmp_path / "disturbed.log").finish() == [0, 0]
+    for folder in (whole, disturbed):
+        assert sorted(path.name for path in folder.glob("last*")) == ["last.ckpt"]
+        dcp_to_torch_save(folder / "last.ckpt", folder / "one.ckpt")
+    one, two = (torch.load(folder / "one.ckpt", weights_only=True) for folder in (whole, disturbed))
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
 
 
 @pytest.mark.slow
