@@ -21,10 +21,9 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, replaced every so many steps and where training ends, wherever between two of these that is.
 
     The file is replaced as a whole (`AtomicCheckpointIO`), and so is the folder of a sharded checkpoint; always between
-    two optimiser steps. SIGTERM, by which SLURM
-    and other schedulers announce that they will kill a run, has it written at the end of the running step (or of the
-    validation that is running) and then ends the process with status 143, on all ranks, whichever got the signal. With
-    several processes every step ends with one all-reduced flag for that.
+    two optimiser steps. SIGTERM, by which SLURM and other schedulers announce that they will kill a run, has it written
+    at the end of the running step (or of the validation that is running) and then ends the process with status 143, on
+    all ranks, whichever got the signal. With several processes every step ends with one all-reduced flag for that.
 
     Args:
         dirpath: folder; by default ``checkpoints`` in the logger's. A ``last.ckpt`` of another run in it is left alone,

@@ -17,7 +17,6 @@ class _Report(NamedTuple):
 
     step: int
     epoch: int
-    data_epoch: int
     batch: int
     names: tuple[str, ...]
     values: Tensor
@@ -39,9 +38,9 @@ class FiniteTask(LightningModule):
     def report(self, terms: dict[str, Tensor], batch_idx: int) -> None:
         """Keep the terms of a training step (numbers), a micro-batch where gradients are accumulated."""
         loader = self.trainer.train_dataloader
-        data_epoch = loader.epoch if isinstance(loader, ResumableLoader) else self.current_epoch
+        epoch = loader.epoch if isinstance(loader, ResumableLoader) else self.current_epoch
         values = torch.stack([x.detach() for x in terms.values()])
-        self._reports.append(_Report(self.global_step, self.current_epoch, data_epoch, batch_idx, tuple(terms), values))
+        self._reports.append(_Report(self.global_step, epoch, batch_idx, tuple(terms), values))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at the terms if it is time.
@@ -82,7 +81,7 @@ class FiniteTask(LightningModule):
 
     def _describe(self, report: _Report, terms: dict[str, float]) -> str:
         loader = self.trainer.train_dataloader
-        samples = loader.names(report.data_epoch, report.batch) if isinstance(loader, ResumableLoader) else []
+        samples = loader.names(report.epoch, report.batch) if isinstance(loader, ResumableLoader) else []
         text = (
             f"the loss is not finite at step {report.step} (epoch {report.epoch}, batch {report.batch}, rank "
             f"{self.global_rank}): " + ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
@@ -106,6 +105,8 @@ class FiniteTask(LightningModule):
         return "No checkpoint has been written yet" if last is None else f"The last good checkpoint is {last}"
 
 
-def _finite(x: Tensor) -> bool:
+def _finite(x: Any) -> bool:
+    if not isinstance(x, Tensor):
+        return True
     own = x.to_local() if isinstance(x, DTensor) else x
     return bool(own.isfinite().all()) if own.is_floating_point() else True
