@@ -125,7 +125,9 @@ def test_real_images_against_themselves_and_against_noise(
 
 def test_report_holds_what_makes_a_figure_traceable(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [])
-    trainer.strategy.connect(make_task(tokenizers))
+    task = make_task(tokenizers)
+    task.trainer = trainer
+    trainer.strategy.connect(task)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     callback = metrics(tmp_path, sampling={"guidance": 2.0, "top_k": 4})
     with pytest.warns(UserWarning, match="7 generated images for 12 features"):

@@ -114,6 +114,7 @@ def test_a_description_alone_is_not_trained_with(trained: Path, image_folder: Pa
 def test_checkpoints_of_a_trainer_in_python_are_taken(trained: Path, image_folder: Path, tmp_path: Path) -> None:
     task = make_task([str(trained / f"{kind}.ckpt") for kind in ("structure", "alias")])
     trainer = make_trainer(tmp_path, [], logger=False)
+    task.trainer = trainer
     trainer.strategy.connect(task)
     trainer.save_checkpoint(tmp_path / "python.ckpt")
     cli = run("predict", image_folder, tmp_path, *tokenizers(trained), f"--ckpt_path={tmp_path / 'python.ckpt'}")

@@ -253,6 +253,7 @@ def test_averaged_or_raw_weights_of_a_checkpoint(
     """In the form that weight averaging gives a checkpoint."""
     task = make_task(tokenizers)
     trainer = make_trainer(tmp_path, [], logger=False)
+    task.trainer = trainer
     trainer.strategy.connect(task)
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     checkpoint = torch.load(tmp_path / "plain.ckpt", weights_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,35 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_partial(folder: str | Path, name: str) -> None:
+    """Remove what processes killed while replacing files or folders of a name (a pattern, as for `Path.glob`) left
+    behind."""
+    for beside in Path(folder).glob(f"{name}.*.partial"):
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def replace_folder(beside: str | Path, path: str | Path) -> None:
+    """Put a folder in the place of another (or of a file), which no rename can do at once: at every moment one of the
+    two is there whole, the old one for an instant with ``-before`` at the end of its stem."""
+    beside, path = Path(beside), Path(path)
+    before = path.with_stem(f"{path.stem}-before")
+    if path.exists():
+        _remove(before)
+        os.rename(path, before)
+    os.rename(beside, path)
+    _remove(before)
+
+
+def _remove(path: Path) -> None:
+    """Out of sight first: what is half removed is never taken for the whole."""
+    if path.exists():
+        os.replace(path, path.with_name(f"{path.name}.0.partial"))
+        remove_partial(path.parent, path.name)
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -87,6 +87,10 @@ class PhotographDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(PHOTOGRAPHS) * self.crops_per_photograph
 
+    def name(self, index: int) -> str:
+        """The photograph of a sample."""
+        return f"{PHOTOGRAPHS[index % len(PHOTOGRAPHS)]}, crop {index // len(PHOTOGRAPHS)}"
+
     def __getitem__(self, item: int | Draw) -> tuple[Tensor, int]:
         """The crop of a draw; a plain index is a draw of epoch 0."""
         epoch, index = item if isinstance(item, Draw) else (0, item)

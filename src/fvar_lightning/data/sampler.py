@@ -47,9 +47,12 @@ class EpochSampler(DistributedSampler[Draw]):
         start, self.start = self.start, 0
         if not self.shuffle:
             return (Draw(0, i) for i in range(self.rank + start * self.num_replicas, self.total, self.num_replicas))
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.total)
-        mine = order[self.rank :: self.num_replicas][start : len(self)].tolist()
-        return (Draw(self.epoch, i) for i in mine)
+        return (Draw(self.epoch, i) for i in self.share(self.epoch)[start:])
+
+    def share(self, epoch: int) -> list[int]:
+        """The samples of this rank in an epoch of training, in order."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.total)
+        return order[self.rank :: self.num_replicas][: len(self)].tolist()
 
     def __len__(self) -> int:
         """Samples of this rank."""
@@ -154,6 +157,14 @@ class ResumableLoader(DataLoader):
         for batch in super().__iter__():
             self.delivered += 1
             yield batch
+
+    def names(self, epoch: int, batch: int) -> list[str]:
+        """Where the samples of a batch of an epoch come from; nothing where the sampler or the data set cannot tell."""
+        name = getattr(self.dataset, "name", None)
+        if name is None or not isinstance(self.sampler, EpochSampler):
+            return []
+        size = self.batch_size or 1
+        return [name(index) for index in self.sampler.share(epoch)[batch * size : (batch + 1) * size]]
 
     def _shape(self) -> dict[str, int]:
         shape = {"batch_size": self.batch_size or 1, "ranks": getattr(self.sampler, "num_replicas", 1)}

@@ -64,6 +64,10 @@ class TokenDataset(Dataset[tuple[Tensor, Tensor | None, int]]):
     def __len__(self) -> int:
         return self.cache.layout.rows
 
+    def name(self, row: int) -> str:
+        """Where a row comes from, for messages."""
+        return f"row {row} of {self.cache.folder}"
+
     def __getitem__(self, item: int | Draw) -> tuple[Tensor, Tensor | None, int]:
         index = item.index if isinstance(item, Draw) else item
         if not 0 <= index < len(self):

@@ -14,7 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
 from fvar_lightning.cli import configs, link_views
-from fvar_lightning.data.modules import ImageDataModule, TokenDataModule
+from fvar_lightning.data.modules import ImageDataModule
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.planning.cost import step_cost
 from fvar_lightning.planning.layout import GROWING, largest_batch, layout_of, memory
 from fvar_lightning.planning.plan import GIB, Assumptions, Plan, text

@@ -6,7 +6,6 @@ Legend: B batch, S scales, L tokens of all scales, Z latent channels.
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -16,6 +15,7 @@ from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
 from fvar_lightning.precision import no_autocast
+from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
 from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
 from fvar_lightning.tasks.tokens import check_cache, hashes, identity
@@ -56,7 +56,7 @@ class StepInputs(NamedTuple):
     """(depth, B, 2), see `VAR.keep_masks`."""
 
 
-class FVARTask(LightningModule):
+class FVARTask(FiniteTask):
     """Trains the student, and the teacher that distils the alias tokens into it (paper section 3.6, eq. 12).
 
         loss = CE(student) + teacher_loss_weight * CE(teacher)
@@ -259,6 +259,7 @@ class FVARTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files; and which
         tokenizers these are."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
         checkpoint["tokenizers_sha256"] = self.tokenizers_sha256
         # averaging what never changes moves it by rounding errors, which add up over a run
@@ -348,8 +349,7 @@ class FVARTask(LightningModule):
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         terms = self.losses(self.tokens(batch), batch_generator(self.device, *key))
-        for name, value in terms.items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        self.report(terms, batch_idx)
         return terms["loss"]
 
     def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:

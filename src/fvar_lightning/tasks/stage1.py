@@ -4,7 +4,6 @@ from collections.abc import Sized
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import CodebookUsage
+from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.training import (
     WarmupLinear,
     batch_generator,
@@ -31,7 +31,7 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-4, betas=(0.5, 0.9), weight_decay=0.05)
 
 
-class Stage1Task(LightningModule):
+class Stage1Task(FiniteTask):
     """Trains one tokenizer on the batches of `ImageDataModule`. Subclasses say what a pass is, and judge it.
 
     Args:
@@ -95,6 +95,7 @@ class Stage1Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the tokenizer, so that stage 2 and `load_tokenizer` can."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["tokenizer"] = describe(self.tokenizer)
 
     def on_train_start(self) -> None:
@@ -116,8 +117,7 @@ class Stage1Task(LightningModule):
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         terms = self.losses(batch, batch_generator(self.device, *key))
-        for name, value in terms.items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        self.report(terms, batch_idx)
         return terms["loss"]
 
     def losses(self, batch: ImageBatch, generator: torch.Generator) -> dict[str, Tensor]:
