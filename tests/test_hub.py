@@ -1,12 +1,14 @@
 """Models from and to the Hugging Face hub, by its own client against a stand-in of it; and the model card."""
 
 import json
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from PIL import Image
 
 from fvar_lightning.__main__ import run
 from fvar_lightning.weights.card import ModelCard
@@ -76,6 +78,26 @@ def test_a_repository_of_official_var(hub: Hub, tmp_path: Path) -> None:
         from_pretrained("FoundationVision/var")
 
 
+def test_official_weights_are_a_command_away(hub: Hub, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="ch_mult"):
+        export_var_checkpoint(
+            tiny_vae(targets="feature"),
+            tiny_var(num_classes=1000),
+            tmp_path / "vae_ch160v4096z32.pth",
+            tmp_path / "var_d2.pth",
+        )
+    hub.repositories["FoundationVision/var"] = contents(tmp_path)
+    given = ["--model", "FoundationVision/var", "--depth", "2", "--classes", "Golden Retriever", "388", "--count", "1"]
+    run(["generate", *given, "--output", str(tmp_path / "out")])
+    file = tmp_path / "out" / "0207_golden_retriever_000000.png"
+    assert (tmp_path / "out" / "0388_giant_panda_000001.png").is_file()
+    with Image.open(file) as image:
+        found = image.text  # type: ignore[attr-defined]
+    assert found.items() >= {"model": "FoundationVision/var", "depth": "2", "revision": COMMIT}.items()
+    run([*shlex.split(found["command"])[1:], "--output", str(tmp_path / "again")])
+    assert (tmp_path / "again" / file.name).is_file()
+
+
 def test_without_a_network_the_files_are_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -122,6 +144,8 @@ def test_a_training_checkpoint(tmp_path: Path) -> None:
     file = task_checkpoint(tmp_path / "last.ckpt", tiny_var(), tiny_vae())
     assert_same(from_pretrained(file, weights="raw").var, tiny_var())
     assert from_pretrained(file).info.class_names == NAMES
+    with pytest.raises(ValueError, match=r"weights must be one of .* got 'mean'"):
+        from_pretrained(file, weights="mean")  # type: ignore[arg-type]
 
 
 # Publishing
@@ -197,7 +221,8 @@ def test_a_card_says_what_the_networks_tell(tmp_path: Path) -> None:
     save_pretrained(tmp_path, tiny_var(), tiny_vae(), class_names=NAMES, sampling=SAMPLING)
     card = HubCard.load(tmp_path / "README.md")
     assert card.data.license is None
-    assert (card.data.library_name, "class-conditional" in card.data.tags) == ("fvar-lightning", True)
+    assert card.data.library_name == "fvar-lightning"
+    assert {"class-conditional", "var", "fvar"} <= set(card.data.tags)
     parameters = [sum(x.numel() for x in network.parameters()) for network in (tiny_var(), tiny_vae())]
     for wanted in (
         "# VAR of depth 2, 12 px",
@@ -209,6 +234,7 @@ def test_a_card_says_what_the_networks_tell(tmp_path: Path) -> None:
         "## Figures\n\nNone stated.",
         "## Training data\n\nNot stated.",
         "no text prompts",
+        "fvar generate --model owner/name --classes cat\n",
     ):
         assert wanted in card.content
 
@@ -216,17 +242,21 @@ def test_a_card_says_what_the_networks_tell(tmp_path: Path) -> None:
 def test_a_card_says_what_it_was_told(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard as HubCard
 
+    vae = tiny_vae(targets="feature")
     told = ModelCard("cc-by-nc-4.0", "Forty cats.", {"fd_lite0": 12.34567}, {"samples": 50_000, "real": "a|b"})
     names = [f"class {i}" for i in range(30)]
-    save_pretrained(tmp_path, tiny_var(num_classes=30), tiny_vae(), class_names=names, card=told)
+    save_pretrained(tmp_path, tiny_var(num_classes=30), vae, class_names=names, card=told)
     card = HubCard.load(tmp_path / "README.md")
     assert card.data.license == "cc-by-nc-4.0"
+    assert "fvar" not in card.data.tags
+    assert "FVAR" not in card.content
     for wanted in (
         "Forty cats.",
         "| fd_lite0 | 12.35 |",
         "| samples | 50000 |",
         r"| real | a\|b |",
         "19 and 10 more",
+        "features of the sharp image, as in VAR",
     ):
         assert wanted in card.content
 

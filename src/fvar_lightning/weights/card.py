@@ -1,6 +1,7 @@
 """The model card: README.md of a pretrained folder, which the Hugging Face hub shows."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
 
 CARD = "README.md"
-TAGS = ("image-generation", "class-conditional", "visual-autoregressive", "var", "fvar")
+TAGS = ("image-generation", "class-conditional", "visual-autoregressive", "var")
 SHOWN_CLASSES = 20
 
 
@@ -53,8 +54,9 @@ def card_text(var: VAR, vae: VQVAE, class_names: Sequence[str], sampling: Mappin
     """The card in Markdown, with the hub's metadata on top."""
     schedule = vae.schedule
     size, sides = schedule.image_size, ", ".join(map(str, schedule.patch_nums))
+    next_focus = vae.targets != "feature"
     head: dict[str, Any] = {} if card.license is None else {"license": card.license}
-    head |= {"library_name": "fvar-lightning", "tags": list(TAGS)}
+    head |= {"library_name": "fvar-lightning", "tags": [*TAGS, *["fvar"] * next_focus]}
     focus = f"views focused to radii of {', '.join(f'{radius:.3g}' for radius in schedule.state_radii)} px, as in FVAR"
     options = ", ".join(f"{name}={value!r}" for name, value in sampling.items())
     shown = ", ".join(class_names[:SHOWN_CLASSES])
@@ -62,11 +64,15 @@ def card_text(var: VAR, vae: VQVAE, class_names: Sequence[str], sampling: Mappin
         shown += f" and {len(class_names) - SHOWN_CLASSES} more, listed in `config.json`"
     sections = {
         f"VAR of depth {var.depth}, {size} px": (
-            f"Generates {size} x {size} px images of {_classes(len(class_names))}, scale by scale: the deployment "
-            "network of [FVAR](https://arxiv.org/abs/2511.18838), which is a vanilla "
-            "[VAR](https://arxiv.org/abs/2404.02905), with the tokenizer it was trained on."
+            f"Generates {size} x {size} px images of {_classes(len(class_names))}, scale by scale: a "
+            "[VAR](https://arxiv.org/abs/2404.02905) transformer with the tokenizer it was trained on"
+            f"{', for next-focus prediction ([FVAR](https://arxiv.org/abs/2511.18838))' * next_focus}."
         ),
         "Use": (
+            "With `pip install 'fvar-lightning[hub]'`:\n\n"
+            "```bash\n"
+            f"fvar generate --model owner/name --classes {shlex.quote(class_names[0])}\n"
+            "```\n\n"
             "```python\n"
             "import torch\n"
             "from fvar_lightning import from_pretrained, generate\n\n"
@@ -81,7 +87,7 @@ def card_text(var: VAR, vae: VQVAE, class_names: Sequence[str], sampling: Mappin
                 "parameters": f"{_parameters(var):,} (transformer), {_parameters(vae):,} (tokenizer)",
                 "transformer": f"depth {var.depth}, width {var.width}, {var.heads} heads",
                 "tokens": f"{var.layout.length} in {schedule.num_scales} scales of side {sides}",
-                "tokens stand for": "features of the sharp image, as in VAR" if vae.targets == "feature" else focus,
+                "tokens stand for": focus if next_focus else "features of the sharp image, as in VAR",
                 "codebook": f"{vae.vocab_size} codes of {vae.z_channels} channels",
             }
         ),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.averages import Weights
+from fvar_lightning.weights.averages import Weights, check_which
 from fvar_lightning.weights.checkpoints import load_fvar_checkpoint
 from fvar_lightning.weights.files import read_checkpoint
 from fvar_lightning.weights.hub import download, is_repository
@@ -71,6 +71,7 @@ def find_model(name: str | Path, *, depth: int | None = None, revision: str | No
 
 def load_model(files: ModelFiles, weights: Weights = "ema") -> Pretrained:
     """The model in the files of `find_model`; arguments and errors of `from_pretrained`."""
+    check_which(weights)
     first, *others = files.paths
     if first.suffix == ".safetensors":
         return load_pretrained(first)
