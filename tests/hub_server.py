@@ -37,7 +37,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(b"{}", status=404, X_Error_Code="RepoNotFound")
         elif what == "revision":
             siblings = [{"rfilename": file} for file in files]
-            self.answer(json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings}).encode())
+            about = {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+            about |= {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings}
+            self.answer(json.dumps(about).encode())
         elif what == "tree":
             tree = [{"type": "file", "path": file, "size": len(x), "oid": "0"} for file, x in files.items()]
             self.answer(json.dumps(tree).encode())
@@ -79,13 +81,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(repositories: Repositories) -> Iterator[tuple[str, list[str | None]]]:
-    """Its address, and the authorisations of the writes it got."""
+def serving(repositories: Repositories, port: int) -> Iterator[list[str | None]]:
+    """On a port of this machine; the authorisations of the writes it got."""
     handler = type("Hub", (Handler,), {"repositories": repositories, "tokens": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", handler.tokens
+        yield handler.tokens
     finally:
         server.shutdown()
         server.server_close()

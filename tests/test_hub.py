@@ -2,7 +2,9 @@
 
 import json
 import shlex
+import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,18 +27,40 @@ class Hub(NamedTuple):
     tokens: list[str | None]
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import constants
+class Client(NamedTuple):
+    port: int
+    cache: Path
 
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """huggingface_hub, told by its environment of a port of this machine, where nobody listens yet, and of a cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        patch.setenv("HF_HUB_CACHE", str(cache))
+        patch.delenv("HF_TOKEN", raising=False)
+        for name in hub_modules():
+            patch.delitem(sys.modules, name)
+        yield Client(port, cache)
+        for name in hub_modules():
+            del sys.modules[name]
+
+
+def hub_modules() -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]
+
+
+@pytest.fixture
+def hub(client: Client) -> Iterator[Hub]:
     repositories: Repositories = {}
-    with serving(repositories) as (address, tokens):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving(repositories, client.port) as tokens:
         yield Hub(repositories, tokens)
+    for folder in client.cache.glob("models--*"):
+        shutil.rmtree(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -65,13 +89,13 @@ def test_a_repository_of_ours(hub: Hub, tmp_path: Path) -> None:
     assert_same(from_pretrained("someone/fvar-cats").var, tiny_var())  # of the cache
 
 
-def test_a_repository_of_official_var(hub: Hub, tmp_path: Path) -> None:
+def test_a_repository_of_official_var(hub: Hub, client: Client, tmp_path: Path) -> None:
     hub.repositories["FoundationVision/var"] = contents(official_folder(tmp_path / "official", 2, 3))
     var, vae, info = from_pretrained("FoundationVision/var", depth=3)
     assert_same(var, tiny_var(depth=3))
     assert_same(vae.decoder, tiny_vae().decoder)
     assert info == (["0", "1", "2"], {"guidance": 1.5, "top_k": 900, "top_p": 0.96, "more_smooth": False})
-    assert not list((tmp_path / "cache").rglob("var_d2.pth"))
+    assert [file.name for file in client.cache.rglob("var_d*.pth")] == ["var_d3.pth"]
     with pytest.raises(ValueError, match=r"repository 'FoundationVision/var' must hold vae\*.pth and var_d5.pth"):
         from_pretrained("FoundationVision/var", depth=5)
     with pytest.raises(ValueError, match=r"must hold config.json and .* official VAR's files from it, give a depth"):
@@ -98,15 +122,10 @@ def test_official_weights_are_a_command_away(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "again" / file.name).is_file()
 
 
-def test_without_a_network_the_files_are_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # nobody listens
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        message = r"whose vae\*.pth and var_d16.pth can be had \(without a network, give a folder that holds them\)"
-        with pytest.raises(ValueError, match=message):
-            from_pretrained("FoundationVision/var", depth=16)
+def test_without_a_network_the_files_are_named(client: Client) -> None:
+    message = r"whose vae\*.pth and var_d16.pth can be had \(without a network, give a folder that holds them\)"
+    with pytest.raises(ValueError, match=message):
+        from_pretrained("FoundationVision/var", depth=16)
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder", "./none", "nothing"])
