@@ -93,6 +93,14 @@ def test_an_image_can_be_made_again(model: Path, tmp_path: Path) -> None:
     assert not np.array_equal(changed, pixels(file))  # sharp
 
 
+def test_guidance_at_every_scale(model: Path, tmp_path: Path) -> None:
+    make(model, tmp_path / "a", "dog", count=1, guidance="[0.0, 3.0, 0.5]")
+    file = tmp_path / "a" / "0001_dog_000000.png"
+    assert np.array_equal(pixels(file), expected(1, 0, guidance=[0.0, 3.0, 0.5]))
+    run([*shlex.split(texts(file)["command"])[1:], "--output", str(tmp_path / "b")])
+    assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_a_sheet_can_be_made_again(model: Path, tmp_path: Path) -> None:
     make(model, tmp_path / "a", "dog", "cat", count=2)
     command = shlex.split(texts(tmp_path / "a" / "contact_sheet.png")["command"])[1:]

@@ -1,8 +1,9 @@
 """`fvar generate`: images of classes, a file each, and a contact sheet."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fvar_lightning.commands.classes import find_label, spelled
 from fvar_lightning.commands.images import about, check_absent, contact_sheet, save_png, write_png
-from fvar_lightning.commands.model import ModelOptions, SamplingOptions, scale_bar, take, words
+from fvar_lightning.commands.model import ModelOptions, ReadyModel, SamplingOptions, scale_bar, take, words
 from fvar_lightning.generation.focus import between
 from fvar_lightning.generation.sampling import generate
 
@@ -54,7 +55,7 @@ def generate_images(
         ValueError: naming the argument, its value and what is accepted.
     """
     ready = model.load()
-    var, vae, names = ready.var, ready.vae, ready.info.class_names
+    names = ready.info.class_names
     found = [find_label(wanted, names) for wanted in classes]
     labels = [label for label in found for _ in range(count)]
     folder = Path(output)
@@ -65,32 +66,35 @@ def generate_images(
     drawing = sampling.over(ready.info.sampling)
     settings = ready.settings | drawing | {"focus": focus, "seed": seed}
     made_of = {"weights_sha256": ready.weights_sha256}
-    size = batch_size or max(TOKENS_AT_ONCE // var.layout.length, 1)
-    starts = range(0, len(labels), size)
     rows: list[list[Tensor]] = [[] for _ in found[:SHEET_IMAGES]]
     row = max(SHEET_IMAGES // len(found), 1)
-    with scale_bar(len(starts) * (between(vae.schedule, focus).sharper + 1)) as progress:
-        for start in starts:
-            part = range(start, min(start + size, len(labels)))
-            images = generate(
-                var,
-                vae,
-                torch.tensor([labels[i] for i in part], device=ready.device),
-                seeds=[seed + i for i in part],
-                focus=focus,
-                progress=progress,
-                **drawing,
-            )
-            for i, image in zip(part, images.cpu(), strict=True):
-                name, own = names[labels[i]], settings | {"seed": seed + i}
-                command = [*COMMAND, spelled(labels[i], names), "--count", "1", *words(own)]
-                write_png(image, files[i], about({"class": name, "label": labels[i], **made_of, **own}, command))
-                if i // count < len(rows) and i % count < row:
-                    rows[i // count].append(image)
+    size = batch_size or max(TOKENS_AT_ONCE // ready.var.layout.length, 1)
+    for i, image in enumerate(_made(ready, labels, seed, size, focus=focus, **drawing)):
+        own = settings | {"seed": seed + i}
+        command = [*COMMAND, spelled(labels[i], names), "--count", "1", *words(own)]
+        texts = {"class": names[labels[i]], "label": labels[i], **made_of, **own}
+        write_png(image, files[i], about(texts, command))
+        if i // count < len(rows) and i % count < row:
+            rows[i // count].append(image)
     command = [*COMMAND, *(spelled(label, names) for label in found), "--count", str(count), *words(settings)]
     picture = contact_sheet(rows, [names[label] for label in found[: len(rows)]])
     save_png(picture, sheet, about(made_of | settings, command))
     print(f"wrote {len(files)} image{'s' * (len(files) > 1)} and {sheet}")
+
+
+def _made(
+    ready: ReadyModel, labels: Sequence[int], seed: int, batch_size: int, focus: float, **drawing: Any
+) -> Iterator[Tensor]:
+    """An image (3, H, W) on the CPU of every label, with seeds from `seed` on; a bar steps with every scale."""
+    starts = range(0, len(labels), batch_size)
+    scales = between(ready.vae.schedule, focus).sharper + 1
+    with scale_bar(len(starts) * scales) as progress:
+        for start in starts:
+            part = torch.tensor(labels[start : start + batch_size], device=ready.device)
+            seeds = range(seed + start, seed + start + len(part))
+            yield from generate(
+                ready.var, ready.vae, part, seeds=seeds, focus=focus, progress=progress, **drawing
+            ).cpu()
 
 
 def _safe(name: str) -> str:

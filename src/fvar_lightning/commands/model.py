@@ -75,13 +75,14 @@ class SamplingOptions:
     """How tokens are drawn; what is not given is the model's own default.
 
     Args:
-        guidance: strength of classifier-free guidance, which grows from 0 at the first scale to this; from 0, off.
+        guidance: strength of classifier-free guidance, which grows from 0 at the first scale to this; 0: none; or a
+            list with its strength at every scale.
         top_k: draw from so many of the likeliest tokens only; 0: from all.
         top_p: and of these from the likeliest that hold this probability only; 0: from all.
         more_smooth: mix codes instead of drawing one: smoother pictures, not for evaluation.
     """
 
-    guidance: float | None = None
+    guidance: float | list[float] | None = None
     top_k: int | None = None
     top_p: float | None = None
     more_smooth: bool | None = None
