@@ -20,8 +20,9 @@ from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.checkpoints import load_fvar_checkpoint, load_initial_weights, load_tokenizer
 from fvar_lightning.weights.describe import build, describe
 from fvar_lightning.weights.export import export
+from fvar_lightning.weights.models import from_pretrained
 from fvar_lightning.weights.official import KNOWN_PATCH_NUMS, export_var_checkpoint, load_var_checkpoint, read_var
-from fvar_lightning.weights.pretrained import from_pretrained, save_pretrained, save_safetensors
+from fvar_lightning.weights.pretrained import save_pretrained, save_safetensors
 
 SIDES = (1, 2, 3)
 SCHEDULE = FocusSchedule(SIDES, patch_size=4, focus_states=2, max_radius=2.0)
@@ -368,10 +369,10 @@ def test_pretrained_there_and_back(tmp_path: Path, single: bool) -> None:
     torch.testing.assert_close(pictures(vae, var, **SAMPLING), pictures(vae_again, var_again, **info.sampling))
 
 
-def test_a_folder_holds_two_files_and_they_agree(model: Path) -> None:
+def test_the_two_configurations_of_a_folder_agree(model: Path) -> None:
     from safetensors import safe_open
 
-    assert sorted(p.name for p in model.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in model.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     with safe_open(model / "model.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["config"]) == json.loads((model / "config.json").read_text())
 
@@ -429,29 +430,6 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="holds no configuration"):
         from_pretrained(tmp_path / "a.safetensors")
-
-
-def test_a_repository_of_the_hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    asked = []
-
-    def download(repository: str, file: str, *, revision: str | None) -> str:
-        asked.append((repository, file, revision))
-        return str(model / file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert_same(from_pretrained("someone/fvar-cats", revision="v2").var, tiny_var())
-    assert set(asked) == {("someone/fvar-cats", f, "v2") for f in ("config.json", "model.safetensors")}
-
-
-def test_no_network_and_no_such_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ("someone/fvar-cats", "./no/such/folder"):
-        with pytest.raises(ValueError, match=f"'{name}' is neither a local folder nor a repository"):
-            from_pretrained(name)
 
 
 def test_missing_packages_are_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from fvar_lightning.__main__ import run
 from fvar_lightning.cli import main
 from fvar_lightning.generation.sampling import generate
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.models import from_pretrained
 from fvar_lightning.weights.official import load_var_checkpoint
-from fvar_lightning.weights.pretrained import Pretrained, from_pretrained
+from fvar_lightning.weights.pretrained import Pretrained
 
 CONF = Path(__file__).parent / "conf" / "fvar.yaml"
 LABELS, SEEDS = torch.tensor([1, 0]), [4, 9]

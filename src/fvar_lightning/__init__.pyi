@@ -26,11 +26,12 @@ from .tokenizer.alias import AliasTokenizer as AliasTokenizer
 from .tokenizer.vqvae import VQVAE as VQVAE
 from .transformer.teacher import HighFrequencyTeacher as HighFrequencyTeacher
 from .transformer.var import VAR as VAR
+from .weights.card import ModelCard as ModelCard
 from .weights.checkpoints import load_fvar_checkpoint as load_fvar_checkpoint
 from .weights.checkpoints import load_tokenizer as load_tokenizer
+from .weights.models import from_pretrained as from_pretrained
 from .weights.official import export_var_checkpoint as export_var_checkpoint
 from .weights.official import load_var_checkpoint as load_var_checkpoint
-from .weights.pretrained import from_pretrained as from_pretrained
 from .weights.pretrained import save_pretrained as save_pretrained
 
 __version__: str

@@ -3,6 +3,8 @@
 import sys
 
 COMMANDS = {
+    "generate": "images of classes, with a trained model",
+    "edit": "new content in a picture, with a trained model",
     "export": "a trained model in a form to use or publish",
     "plan": "parameters, work, memory and time of a configuration, before it is run",
     "quickstart": "all stages, small, on the photographs bundled with scikit-image",
@@ -18,8 +20,16 @@ def run(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     command = args[0] if args else ""
-    # imported when chosen: exporting needs no Lightning
-    if command == "export":
+    # imported when chosen: generating and exporting need no Lightning
+    if command == "generate":
+        from fvar_lightning.commands.generate import generate_command
+
+        generate_command(args[1:])
+    elif command == "edit":
+        from fvar_lightning.commands.edit import edit_command
+
+        edit_command(args[1:])
+    elif command == "export":
         from fvar_lightning.weights.export import export_command
 
         export_command(args[1:])

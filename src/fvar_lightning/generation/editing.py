@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from fvar_lightning.generation.sampling import Revise, check_models, generate
+from fvar_lightning.generation.sampling import Progress, Revise, check_models, generate
 from fvar_lightning.tokenizer.codebook import exact
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
@@ -41,6 +41,7 @@ def edit(
     seeds: Sequence[int] | Tensor | None = None,
     generator: torch.Generator | None = None,
     more_smooth: bool = False,
+    progress: Progress = iter,
 ) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] with new content where the mask is true and the very same pixels elsewhere.
 
@@ -58,7 +59,7 @@ def edit(
         method: how the kept part is forced.
         feather: pixels of the hole along its border over which the new content is shifted to meet the kept pixels,
             see `composite`; ``None``: the side of the image, so that the whole hole is, the far ends less; 0: none.
-        guidance, top_k, top_p, seeds, generator, more_smooth: of `generate`.
+        guidance, top_k, top_p, seeds, generator, more_smooth, progress: of `generate`.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -88,6 +89,7 @@ def edit(
         generator=generator,
         more_smooth=more_smooth,
         revise=force,
+        progress=progress,
     )
     return composite(images, generated, hole, feather)
 

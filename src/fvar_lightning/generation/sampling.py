@@ -3,7 +3,7 @@
 Legend: B batch, S scales, l tokens of one scale, V codebook, Z latent channels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from fvar_lightning.transformer.var import VAR, Condition
 
 Revise = Callable[[int, Tensor, Tensor], Tensor]
 """(scale, f_hat (B, Z, h, w) before it, sampled tokens (B, l)) -> tokens (B, l) to force, -1 where to leave it be."""
+
+Progress = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+"""Wraps f_hat after every scale, as `tqdm` does."""
 
 
 def check_models(var: VAR, vae: VQVAE) -> None:
@@ -107,6 +110,7 @@ def generate(
     more_smooth: bool = False,
     focus: float = 0.0,
     revise: Revise | None = None,
+    progress: Progress = iter,
 ) -> Tensor:
     """Images of the given classes, (B, 3, H, W) in [-1, 1], float32 at least.
 
@@ -128,6 +132,7 @@ def generate(
         focus: blur of the image, any radius between the schedule's largest and 0, sharp; in pixels at full resolution,
             see `fvar_lightning.generation.focus`. The same seeds give the same image at every focus.
         revise: may force tokens at every scale (editing); they escape `more_smooth`.
+        progress: passes on f_hat after every scale, of which a sharp image takes S.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -145,7 +150,7 @@ def generate(
         revise=revise,
     )
     with torch.no_grad():
-        return vae.image(refocused(stages, vae.schedule, focus))
+        return vae.image(refocused(progress(stages), vae.schedule, focus))
 
 
 def generate_stages(var: VAR, vae: VQVAE, labels: Tensor, **options: Any) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Networks out of files of any kind: training checkpoints of this library, official VAR's files, pretrained folders."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
 from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.averages import Weights, state_of
+from fvar_lightning.weights.averages import Weights, check_which, state_of
 from fvar_lightning.weights.describe import at_schedule, check_weights, describe, differences, rebuild
 from fvar_lightning.weights.files import read_checkpoint
 from fvar_lightning.weights.official import is_official, load_vae, read_var
@@ -113,8 +113,7 @@ def load_fvar_checkpoint(path: str | Path, weights: Weights = "ema") -> Pretrain
     Raises:
         ValueError: if the file is no such checkpoint, or `weights` is neither.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be one of {get_args(Weights)}, got {weights!r}")
+    check_which(weights)
     checkpoint = read_checkpoint(path)
     networks = checkpoint.get("networks", {})
     if not {"student", "vae"} <= set(networks):

@@ -10,9 +10,13 @@ from jsonargparse import ArgumentParser
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.averages import Weights, has_averages
+from fvar_lightning.weights.card import CARD, ModelCard, read_report
 from fvar_lightning.weights.checkpoints import load_fvar_checkpoint
 from fvar_lightning.weights.describe import describe, differences
 from fvar_lightning.weights.files import read_checkpoint
+from fvar_lightning.weights.hub import check_push
+from fvar_lightning.weights.hub import push as push_files
+from fvar_lightning.weights.identity import file_sha256
 from fvar_lightning.weights.official import export_var_checkpoint
 from fvar_lightning.weights.pretrained import CONFIG, WEIGHTS, save_pretrained, save_safetensors
 
@@ -29,23 +33,37 @@ def export(
     weights: Weights = "ema",
     overwrite: bool = False,
     config: Sequence[str] = (),
+    push: str | None = None,
+    license: str | None = None,
+    data: str | None = None,
+    figures: str | None = None,
 ) -> None:
     """Write the student and its structure tokenizer from a checkpoint of stage 2.
 
     Args:
         ckpt_path: checkpoint of a FVARTask.
         output: folder to write into (pretrained, var), or file to write (safetensors).
-        format: 'pretrained': a folder with config.json and model.safetensors, as on the Hugging Face hub;
+        format: 'pretrained': a folder with config.json, model.safetensors and a model card, as on the Hugging Face hub;
             'safetensors': one file with the configuration inside; 'var': two files for official VAR's code.
         weights: 'ema': averaged weights where training kept them; 'raw': those of the last step.
         overwrite: replace files that exist.
         config: configurations the checkpoint was trained with, later ones overriding. The checkpoint needs none; where
             they are given, the sizes they name must be its own.
+        push: repository of the Hugging Face hub ('owner/name') that gets the written folder too; it is made if there is
+            none. The environment variable HF_TOKEN must hold a token that may write.
+        license: of the weights, for the model card: the hub's short name, like apache-2.0 or cc-by-nc-4.0.
+        data: what the model was trained on, for the model card.
+        figures: for the model card, report of `fvar test` (generation_*.json) on this checkpoint and these weights.
 
     Raises:
         ValueError: if the checkpoint is not of a FVARTask or not of this configuration, an argument is none of the
-            above, or the output exists.
+            above, the output exists, or the hub does not take it.
     """
+    card = ModelCard(license, data, *_measured(figures, ckpt_path, weights))
+    if format != "pretrained" and (push is not None or card != ModelCard()):
+        raise ValueError(f"push, license, data and figures go with format 'pretrained', got format {format!r}")
+    if push is not None:
+        check_push(push)
     var, vae, info = load_fvar_checkpoint(ckpt_path, weights)
     if differing := differences(describe(var), configured_sizes(config)):
         raise ValueError(
@@ -57,13 +75,29 @@ def export(
     if existing and not overwrite:
         raise ValueError(f"output exists: {', '.join(existing)}; choose another, or --overwrite true")
     if format == "pretrained":
-        save_pretrained(output, var, vae, **info._asdict())
+        save_pretrained(output, var, vae, **info._asdict(), card=card)
     elif format == "safetensors":
         save_safetensors(output, var, vae, **info._asdict())
     else:
         export_var_checkpoint(vae, var, *files)
     which = "averaged" if weights == "ema" and has_averages(read_checkpoint(ckpt_path)) else "last step's"
     print(f"wrote {' and '.join(map(str, files))} ({which} weights)")
+    if push is not None:
+        print(f"pushed to {push_files(output, push, [file.name for file in files])}")
+
+
+def _measured(report: str | None, ckpt_path: str, weights: Weights) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and protocol of a report, which must be on these weights."""
+    if report is None:
+        return {}, {}
+    found = read_report(report)
+    own = {"sha256": file_sha256(ckpt_path)}
+    of = {"sha256": found["checkpoint"].get("sha256")}
+    if has_averages(read_checkpoint(ckpt_path)):
+        own["weights"], of["weights"] = weights, found["settings"].get("weights")
+    if differing := differences(of, own):
+        raise ValueError(f"figures {report!r} are of other weights than {ckpt_path!r}: {differing}")
+    return found["values"], found["settings"] | {"warnings": "; ".join(found["warnings"]) or "none"}
 
 
 def output_files(output: str, format: Format, var: VAR, vae: VQVAE) -> list[Path]:
@@ -78,7 +112,7 @@ def output_files(output: str, format: Format, var: VAR, vae: VQVAE) -> list[Path
             raise ValueError(f"output must be a file that ends in .safetensors in this format, got {output!r}")
         return [path]
     names = {
-        "pretrained": (WEIGHTS, CONFIG),
+        "pretrained": (WEIGHTS, CONFIG, CARD),
         "var": (
             f"vae_ch{vae.encoder.conv_in.out_channels}v{vae.vocab_size}z{vae.z_channels}.pth",
             f"var_d{var.depth}.pth",

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fvar_lightning.tokenizer.build import Tokenizer
 
@@ -45,7 +44,8 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     """Hexadecimal SHA-256 of names, shapes and values of weights; of sharded ones all ranks must ask."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
-        value = value.full_tensor() if isinstance(value, DTensor) else value
+        # a DTensor; importing the class, to ask for it, takes a second
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """A student with its structure tokenizer in one file (safetensors) or one folder (as on the Hugging Face hub).
 
 The file holds the weights and, as metadata, the configuration: both networks' descriptions, the class names, the
-defaults of `generate`. The folder holds the file and the configuration once more, for people: ``config.json`` counts.
+defaults of `generate`. The folder holds the file, the configuration once more, for people (``config.json`` counts), and
+a model card.
 """
 
 import json
@@ -15,10 +16,12 @@ from fvar_lightning.atomic import replacing, write_json
 from fvar_lightning.generation.sampling import check_models
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
+from fvar_lightning.weights.card import CARD, ModelCard, card_text
 from fvar_lightning.weights.describe import describe, rebuild
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SAMPLING = ("guidance", "top_k", "top_p", "more_smooth")
+SAMPLING = {"guidance": 1.5, "top_k": 900, "top_p": 0.96, "more_smooth": False}
+"""Arguments of `generate` that a model may set, and their values where it does not."""
 
 
 class ModelInfo(NamedTuple):
@@ -45,8 +48,9 @@ def save_pretrained(
     *,
     class_names: Sequence[str] | None = None,
     sampling: Mapping[str, Any] | None = None,
+    card: ModelCard | None = None,
 ) -> None:
-    """Write ``model.safetensors`` and ``config.json``: everything a user of the model needs.
+    """Write ``model.safetensors``, ``config.json`` and ``README.md``: everything a user of the model needs.
 
     Args:
         folder: is made if it does not exist.
@@ -54,6 +58,7 @@ def save_pretrained(
         vae: its structure tokenizer.
         class_names: name of every label; None: its number.
         sampling: arguments for `generate` that suit the model, of guidance, top_k, top_p and more_smooth.
+        card: what the model card, ``README.md``, is to say beyond what the networks tell.
 
     Raises:
         ValueError: if the networks do not fit each other, or the names or arguments do not fit them.
@@ -62,6 +67,10 @@ def save_pretrained(
     config = _config(var, vae, class_names, sampling)
     _write(Path(folder) / WEIGHTS, var, vae, config)
     write_json(Path(folder) / CONFIG, config)
+    with replacing(Path(folder) / CARD) as beside:
+        beside.write_text(
+            card_text(var, vae, config["class_names"], config["sampling"], card or ModelCard()), encoding="utf-8"
+        )
 
 
 def save_safetensors(
@@ -76,18 +85,17 @@ def save_safetensors(
     _write(Path(path), var, vae, _config(var, vae, class_names, sampling))
 
 
-def from_pretrained(name: str | Path, *, revision: str | None = None) -> Pretrained:
+def load_pretrained(name: str | Path) -> Pretrained:
     """Read what `save_pretrained` or `save_safetensors` wrote: on the CPU, in evaluation mode, the tokenizer frozen.
 
     Args:
-        name: the folder, the file (``*.safetensors``), or a repository on the Hugging Face hub (``owner/name``).
-        revision: branch, tag or commit of the repository.
+        name: the folder, or the file (``*.safetensors``).
 
     Raises:
-        ValueError: if there is no such folder, file or repository, or it holds something else; the message says what.
-        ImportError: if safetensors, or for a repository huggingface_hub, is not installed.
+        ValueError: if there is no such folder or file, or it holds something else; the message says what.
+        ImportError: if safetensors is not installed.
     """
-    config, weights = read_pretrained(name, revision=revision)
+    config, weights = read_pretrained(name)
     try:
         kinds = config["var"]["kind"], config["vae"]["kind"]
         info = ModelInfo(list(config["class_names"]), dict(config["sampling"]))
@@ -102,19 +110,13 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Pretrai
     return Pretrained(var, vae.requires_grad_(False), info)
 
 
-def read_pretrained(name: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights (names begin ``var.`` or ``vae.``); arguments and errors of `from_pretrained`."""
+def read_pretrained(name: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights (names begin ``var.`` or ``vae.``); arguments and errors of `load_pretrained`."""
     path = Path(name)
-    if path.is_dir():
-        file, beside = path / WEIGHTS, path / CONFIG
-        if not file.is_file() or not beside.is_file():
-            raise ValueError(f"folder {str(name)!r} must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes them")
-    elif path.suffix == ".safetensors":
-        file, beside = path, None
-        if not path.is_file():
-            raise ValueError(f"file {str(name)!r} does not exist")
-    else:
-        beside, file = (_download(str(name), wanted, revision) for wanted in (CONFIG, WEIGHTS))
+    file, beside = (path / WEIGHTS, path / CONFIG) if path.is_dir() else (path, None)
+    for needed in (file, beside):
+        if needed is not None and not needed.is_file():
+            raise ValueError(f"file {str(needed)!r} does not exist")
     metadata, weights = _read(file)
     text = metadata.get("config", "null") if beside is None else beside.read_text()
     try:
@@ -127,7 +129,7 @@ def read_pretrained(name: str | Path, *, revision: str | None = None) -> tuple[d
 
 
 def is_pretrained(name: str | Path) -> bool:
-    """Whether `name` is a local folder or file that `from_pretrained` reads."""
+    """Whether `name` is a local folder or file that `load_pretrained` reads."""
     path = Path(name)
     return path.suffix == ".safetensors" or (path / CONFIG).is_file()
 
@@ -187,20 +189,3 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise ImportError("safetensors files need the extra `hub`: pip install 'fvar-lightning[hub]'") from error
     return safetensors
-
-
-def _download(repository: str, file: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError(
-            f"{repository!r} is no local folder, and the Hugging Face hub needs the extra `hub`: "
-            "pip install 'fvar-lightning[hub]'"
-        ) from error
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except Exception as error:
-        raise ValueError(
-            f"{repository!r} is neither a local folder nor a repository whose {file} can be had: "
-            f"{type(error).__name__}: {error}"
-        ) from error
