@@ -21,7 +21,7 @@ from evaluation_worker import TinyExtractor
 from fvar_lightning.__main__ import run
 from fvar_lightning.metrics.extractors import FeatureExtractor, Inception
 from fvar_lightning.weights.checkpoints import load_tokenizer
-from fvar_lightning.weights.pretrained import from_pretrained
+from fvar_lightning.weights.models import from_pretrained
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "imagenet.md"
 SIZE = small_configs.small_schedule({}).image_size
