@@ -78,7 +78,7 @@ class AliasTokenizerTask(Stage1Task):
         self.snr = SignalToNoise(self.scales)
         if compile:
             for part in (tokenizer.encoder, tokenizer.decoder):
-                part.compile()
+                part.compile(dynamic=True)  # one size a scale
 
     def run(self, batch: ImageBatch, generator: torch.Generator | None) -> Reconstruction:
         """The residuals of all scales but the last."""

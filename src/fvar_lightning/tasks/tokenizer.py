@@ -54,8 +54,8 @@ class TokenizerTask(Stage1Task):
         lr_warmup: part of the run during which the learning rate rises.
         lr_final: learning rate at the end over its peak.
         seed: of noise and scale dropout.
-        compile: encoder and decoder with `torch.compile`, but for the decoder's last layer, whose gradients alone the
-            adaptive weight asks for. The codebook stays as it is.
+        compile: encoder and decoder with `torch.compile`, but for the decoder's last layers, of which the adaptive
+            weight asks for gradients on their own. The codebook stays as it is.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -151,7 +151,9 @@ class TokenizerTask(Stage1Task):
         self.discriminator = build_discriminator(discriminator, discriminator_ch) if adversarial_weight > 0 else None
         self.psnr = PeakSignalNoiseRatio(data_range=2.0)
         if compile:
-            for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):
+            # views have as many sizes as there are scales
+            tokenizer.encoder.compile(dynamic=True if targets == "view" else None)
+            for part in (tokenizer.decoder.mid, tokenizer.decoder.up):
                 part.compile()
 
     def setup(self, stage: str) -> None:

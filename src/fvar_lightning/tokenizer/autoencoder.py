@@ -155,6 +155,15 @@ class UpLevel(Level):
         return self.upsample(super().forward(x))
 
 
+class UpLevels(nn.ModuleList):
+    """Levels, the first of which has the full size: run from the last, the coarsest, to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for level in reversed(self):
+            x = level(x)
+        return x
+
+
 class Middle(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -229,7 +238,7 @@ class Decoder(nn.Module):
         last = len(ch_mult) - 1
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], norm_groups)
-        self.up = nn.ModuleList(
+        self.up = UpLevels(
             UpLevel(widths[i + 1], widths[i], num_res_blocks + 1, norm_groups, first=i == last, last=i == 0)
             for i in range(len(ch_mult))
         )
@@ -241,7 +250,5 @@ class Decoder(nn.Module):
         if z.is_cpu and not torch.is_grad_enabled():
             # CPUs convolve this layout a fifth faster
             z = z.contiguous(memory_format=torch.channels_last)
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
+        h = self.up(self.mid(self.conv_in(z)))
         return self.conv_out(F.silu(self.norm_out(h, inplace=True), inplace=True)).contiguous()
