@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,14 +24,14 @@ from fvar_lightning.planning.command import Planner
 from fvar_lightning.planning.cost import Cost, step_cost
 from fvar_lightning.planning.dry_run import LikeCUDA, Meter, backward
 from fvar_lightning.planning.layout import Layout, largest_batch, memory
-from fvar_lightning.planning.plan import Plan
+from fvar_lightning.planning.plan import Assumptions, Plan, text
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.transformer.var import VAR
 
-SCHEDULE = FocusSchedule((1, 2, 4), patch_size=8, max_radius=3.0)
+SCHEDULE = FocusSchedule((1, 2, 4), patch_size=8, focus_states=3, max_radius=3.0)
 BATCH = 4
 NETWORK = {"vocab_size": 256, "ch": 16, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "norm_groups": 4}
 STRUCTURE = {"kind": "structure", "schedule": SCHEDULE, **NETWORK}
@@ -50,15 +51,16 @@ TASKS: dict[str, tuple[type, dict[str, Any]]] = {
         | VAR_SIZES,
     ),
     "alias": (AliasTokenizerTask, {"schedule": SCHEDULE, "ch": 32}),
-    "structure": (
-        TokenizerTask,
-        {"schedule": SCHEDULE, "perceptual": "efficientnet_lite1", "texture_weight": 1.0, **NETWORK},
-    ),
+    "structure": (TokenizerTask, {"schedule": SCHEDULE, "texture_weight": 1.0, **NETWORK}),
+    "perceptual": (TokenizerTask, {"schedule": SCHEDULE, "perceptual": "efficientnet_lite1", **NETWORK}),
     "adversarial": (
         TokenizerTask,
         {"schedule": SCHEDULE, "targets": "full", "adversarial_weight": 0.5, "discriminator_ch": 16, **NETWORK},
     ),
 }
+
+
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "perceptual" else name for name in TASKS]
 
 
 def make_task(name: str, device: str = "meta") -> Any:
@@ -113,7 +115,7 @@ def planned_cost(name: str, dtype: torch.dtype | None) -> Cost:
     return step_cost(make_task(name), data(), BATCH, dtype)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_cost_is_that_of_a_real_step(name: str) -> None:
     planned = planned_cost(name, None)
     task, batch = real_task(name), real_batch()
@@ -131,7 +133,8 @@ def test_cost_is_that_of_a_real_step(name: str) -> None:
     states = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
     assert planned.states == sum(x.nbytes for x in states)
     views = {x.untyped_storage().data_ptr(): x.nbytes for x in flatten(batch) if x.is_floating_point()}
-    assert planned.batch == pytest.approx(sum(views.values()), rel=0.1)
+    # and the transfer functions of the blur
+    assert sum(views.values()) < planned.batch < 1.2 * sum(views.values())
 
 
 @pytest.mark.parametrize("name", ["stage 2", "recomputed"])
@@ -140,7 +143,9 @@ def test_half_precision_keeps_what_a_real_step_keeps(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         kept = kept_by(real_task(name), real_batch())
     assert planned.kept + planned.half_weights == pytest.approx(kept, rel=0.02)
-    assert (planned.half_weights > 0) == (name == "stage 2")
+    # those of recomputed blocks are not kept
+    part = planned.half_weights / (planned.states / 4)
+    assert part < 0.1 if name == "recomputed" else part > 0.5
 
 
 class Fused(TorchFunctionMode):
@@ -166,7 +171,7 @@ def cuda_autocast() -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "adversarial"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adversarial"])
 def test_half_precision_keeps_what_cudas_autocast_keeps(name: str) -> None:
     planned = planned_cost(name, torch.bfloat16)
     task = make_task(name)
@@ -228,7 +233,8 @@ def plan(*args: str) -> Plan:
 SMALL = [
     f"--config={configs() / 'fvar_d12_256.yaml'}", "--model.depth=2", "--model.width=64", "--data.batch_size=4",
     "--data.schedule.patch_nums=[1,2,4]", "--data.schedule.patch_size=8", "--data.image_size=32",
-    "--data.schedule.max_radius=3.0", f"--structure={configs() / 'quickstart/structure.yaml'}",
+    "--data.schedule.max_radius=3.0", "--data.schedule.focus_states=3",
+    f"--structure={configs() / 'quickstart/structure.yaml'}",
     f"--alias={configs() / 'quickstart/alias.yaml'}",
 ]  # fmt: skip
 
@@ -249,20 +255,16 @@ def test_a_plan_tells_the_run(small: Plan) -> None:
         "checkpoints/structure.ckpt is not there: as quickstart/structure.yaml makes it",
         "checkpoints/alias.ckpt is not there: as quickstart/alias.yaml makes it",
     ]
-    task = FVARTask(
-        {**STRUCTURE, "vocab_size": 512, "z_channels": 16},
-        {**ALIAS, "vocab_size": 512, "ch": 128},
-        depth=2,
-        width=64,
-    )
-    for name in ("student", "teacher"):
-        assert small.parameters[name] == sum(p.numel() for p in getattr(task, name).parameters())
+    with torch.device("meta"):
+        student = VAR((1, 2, 4), vocab_size=512, z_channels=16, depth=2, width=64)
+    assert small.parameters["student"] == sum(p.numel() for p in student.parameters())
     trained = 4 * (small.parameters["student"] + small.parameters["teacher"])
     for part in ("weights", "gradients", "gradient buckets"):
         assert small.memory[part] == trained
     assert small.memory["optimiser"] == 2 * trained
-    frozen = (p for n in (task.vae, task.alias_tokenizer) for p in (*n.parameters(), *n.buffers()))
-    assert small.memory["frozen networks"] == pytest.approx(sum(p.nbytes for p in frozen), rel=0.01)
+    frozen = 4 * sum(count for name, count in small.parameters.items() if name.endswith(", frozen"))
+    # and the statistics of the codebooks
+    assert frozen < small.memory["frozen networks"] < 1.1 * frozen
 
 
 def test_shards_and_averages_count(small: Plan) -> None:
@@ -274,11 +276,12 @@ def test_shards_and_averages_count(small: Plan) -> None:
         assert shared.memory[part] == small.memory[part] // 8
     averaged = plan(*SMALL, f"--config={configs() / 'trainer/ema.yaml'}", "--gpus=1")
     assert averaged.strategy == "single"
-    assert averaged.memory["averaged weights"] == averaged.memory["weights"] + averaged.memory["frozen networks"]
+    whole = averaged.memory["weights"] + averaged.memory["frozen networks"]
+    assert averaged.memory["averaged weights"] == pytest.approx(whole, rel=1e-4)
 
 
 def test_the_largest_batch_is_the_largest() -> None:
-    task = make_task("stage 2")
+    task = make_task("alias")
     layout = Layout(1, "single", half=True)
 
     def total(images: int) -> int:
@@ -291,15 +294,16 @@ def test_the_largest_batch_is_the_largest() -> None:
     assert largest_batch(total, 0, 4, 2**20) == 0
 
 
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["plan", *SMALL])
-    shown = capsys.readouterr().out
+def test_command(small: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = text(small, Assumptions())
     assert "21 tokens an image" in shown
-    assert "fits; the largest batch that does" in shown
+    assert "72.00   80 less 10% in reserve" in shown
+    assert f"fits; the largest batch that does: {small.largest_batch}" in shown
     run(["plan", *SMALL, "--memory=0.01", "--gpus=4", "--json"])
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["gpus"] == 4
-    assert plan["largest_batch"] < plan["batch_size"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpus"] == 4
+    assert found["largest_batch"] < found["batch_size"]
+    assert "does not fit" in text(Plan(**found), Assumptions(memory=0.01))
 
 
 def test_what_cannot_be_planned_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,9 +312,27 @@ def test_what_cannot_be_planned_is_named(capsys: pytest.CaptureFixture[str]) -> 
     assert "trainer.precision must be one of" in capsys.readouterr().err
 
 
+def whole_configurations() -> list[str]:
+    names = sorted(path.relative_to(configs()).as_posix() for path in configs().rglob("*.yaml"))
+    contents = {name: yaml.safe_load((configs() / name).read_text()) for name in names}
+    # the last writes tokens and trains nothing
+    return [name for name in names if {"data", "model", "trainer"} <= set(contents[name]) and "tokens" not in name]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", whole_configurations())
 def test_every_configuration_is_planned(name: str) -> None:
-    folder = configs() / ("quickstart" if "quickstart" in name else "tokenizer")
-    kind = "tiny" if "quickstart" not in name else ""
-    assert folder, kind
+    stand_ins = ["quickstart/structure.yaml", "quickstart/alias.yaml"] if "quickstart" in name else []
+    if "official" in name:
+        stand_ins = ["tokenizer/structure_var.yaml"]
+    options = [f"--{kind}={configs() / x}" for kind, x in zip(("structure", "alias"), stand_ins, strict=False)]
+    made = plan(f"--config={configs() / name}", f"--config={configs() / 'trainer/ddp_bf16.yaml'}", *options)
+    assert made.flops > 0
+    assert made.seconds > 0
+    assert made.largest_batch > 0
+    depth = name.removeprefix("fvar_d").split("_")[0]
+    if depth.isdigit():
+        # blocks of VAR: 18 C^2 parameters, 12 C^2 with shared AdaLN
+        assert made.parameters["student"] == pytest.approx(
+            (12 if depth == "36" else 18) * 4096 * int(depth) ** 3, rel=0.2
+        )

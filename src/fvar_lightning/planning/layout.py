@@ -74,8 +74,8 @@ GROWING = ("batch", "activations", "transients")
 def largest_batch(total: Callable[[int], int], fixed: int, batch_size: int, available: int) -> int:
     """The most images a GPU has memory for.
 
-    Memory is all but linear in the batch: it is measured at a second batch near the answer, and the line through both
-    decides.
+    Memory is nearly linear in the batch: the line through two measured batches leads to the next, until it leads to one
+    that is within 2 % of one measured.
 
     Args:
         total: bytes that a batch takes.
@@ -83,12 +83,17 @@ def largest_batch(total: Callable[[int], int], fixed: int, batch_size: int, avai
         batch_size: a first guess.
         available: bytes.
     """
-    first = total(batch_size)
-    second = max(round(batch_size * (available - fixed) / (first - fixed)), 1)
-    if second == batch_size:
-        second += 1
-    slope = (total(second) - first) / (second - batch_size)
-    return max(int(batch_size + (available - first) // slope), 0)
+    images, size = batch_size, total(batch_size)
+    slope = (size - fixed) / images
+    for _ in range(4):
+        found = max(int(images + (available - size) // slope), 0)
+        if abs(found - images) <= 0.02 * images:
+            break
+        measured = max(found, 1)
+        change = total(measured) - size
+        slope = change / (measured - images) if measured != images else slope
+        images, size = measured, size + change
+    return found
 
 
 def layout_of(trainer: Namespace, gpus: int | None, *, half: bool) -> Layout:
