@@ -1,5 +1,6 @@
 """Walking over folders of many files: how much is read, what is kept, and when it is read again."""
 
+import hashlib
 import os
 import socket
 import time
@@ -79,6 +80,15 @@ def test_every_folder_is_read_once_and_never_again(many: Path, cache: Path, call
         np.testing.assert_array_equal(ours.labels, theirs.labels)
     scan_folder(many, 0.2)
     assert calls["scandir"] == CLASSES + 1, "another part held out is another list"
+
+
+def test_the_part_held_out_is_chosen_by_a_hash_of_the_path(many: Path) -> None:
+    _, train, val = scan_folder(many, 0.05)
+    for c in (0, 57):
+        names = [f"class{c:03d}/{i}.JPEG" for i in range(EACH)]
+        chosen = sorted(names, key=lambda name: hashlib.blake2b(name.encode()).digest())[:10]
+        assert [file.decode() for file in val.files[val.labels == c]] == sorted(chosen)
+        assert [file.decode() for file in train.files[train.labels == c]] == sorted(set(names) - set(chosen))
 
 
 def test_a_link_to_the_folder_shares_its_list_under_its_own_name(

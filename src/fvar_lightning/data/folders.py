@@ -123,6 +123,8 @@ class _Walk:
         identity = status.st_dev, status.st_ino
         if identity in above:
             raise OSError(0, "a link to a folder that it lies in")
+        self.folders.append(folder)
+        self.times.append(folder_times(status))
         images, folders = [], []
         with os.scandir(path) as entries:
             for entry in entries:
@@ -134,8 +136,6 @@ class _Walk:
                     else:
                         link = "a broken link" if entry.is_symlink() else "no regular file"
                         self._leave_out(os.path.join(folder, entry.name), link)
-        self.folders.append(folder)
-        self.times.append(folder_times(status))
         return _Entries(folder, images, folders, identity)
 
     def _leave_out(self, path: bytes, reason: str) -> None:

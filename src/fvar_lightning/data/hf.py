@@ -1,7 +1,8 @@
 """Data sets of Hugging Face `datasets`: from the hub, or what `save_to_disk`, parquet or arrow files left on disk."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -175,10 +176,21 @@ def _datasets() -> ModuleType:
     return datasets
 
 
+@contextmanager
+def _reading(path: str) -> Iterator[Path]:
+    """The path as a place on disk, for a block whose errors are of many kinds: the hub's, the network's, the files'."""
+    place = Path(path).expanduser()
+    try:
+        yield place
+    except Exception as error:
+        where = "cannot be read" if place.exists() else "is no folder or file here, and cannot be had from the hub"
+        raise ValueError(f"source 'hf:{path}' {where}: {type(error).__name__}: {error}") from None
+
+
 def _load(path: str, options: HFOptions) -> Mapping[str, Any]:
     """Splits by name."""
-    datasets, place = _datasets(), Path(path).expanduser()
-    try:
+    datasets = _datasets()
+    with _reading(path) as place:
         if any((place / name).is_file() for name in SAVED):
             found = datasets.load_from_disk(str(place))
         elif place.is_file():
@@ -187,23 +199,20 @@ def _load(path: str, options: HFOptions) -> Mapping[str, Any]:
         else:
             known = {"name": options.name, "revision": options.revision, "streaming": options.streaming}
             found = datasets.load_dataset(str(place) if place.is_dir() else path, **known)
-    except Exception as error:  # of many kinds: of the hub, of the network, of every file format
-        where = "cannot be read" if place.exists() else "is no folder or file here, and cannot be had from the hub"
-        raise ValueError(f"source 'hf:{path}' {where}: {type(error).__name__}: {error}") from error
     return found if isinstance(found, dict) else {str(found.split or "train"): found}
 
 
 def _fetch(path: str, options: HFOptions, split: str, features: Any) -> Any:
     """One split on disk; `load_dataset` alone would fetch all of them."""
-    datasets, place = _datasets(), Path(path).expanduser()
-    builder = datasets.load_dataset_builder(
-        str(place) if place.is_dir() else path, options.name, revision=options.revision
-    )
-    if not builder.config.data_files:  # one that makes its rows
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
-    files = {split: list(builder.config.data_files[split])}
-    return datasets.load_dataset(builder.name, data_files=files, split=split, features=features)
+    datasets = _datasets()
+    with _reading(path) as place:
+        where = str(place) if place.is_dir() else path
+        builder = datasets.load_dataset_builder(where, options.name, revision=options.revision)
+        if not builder.config.data_files:  # one that makes its rows
+            builder.download_and_prepare()
+            return builder.as_dataset(split=split)
+        files = {split: list(builder.config.data_files[split])}
+        return datasets.load_dataset(builder.name, data_files=files, split=split, features=features)
 
 
 def _split(found: Iterable[str], asked: str | None, usual: Iterable[str], argument: str) -> str | None:

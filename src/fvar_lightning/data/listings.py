@@ -56,7 +56,8 @@ def kept(source: Path, settings: str, scan: Callable[[], Listing]) -> Listing:
 
     It holds while the times of all its folders are what they were: creating, removing and renaming files and folders
     changes them. Overwriting a file does not, nor does it change the list. So a check costs a call a folder, not one
-    a file. Of several processes of a machine that ask for the same folder, one scans and the others wait for its list.
+    a file; what it does not see is that the target of a broken link has come back. Of several processes of a machine
+    that ask for the same folder, one scans and the others wait for its list.
 
     Args:
         source: the folder; two paths to the same folder share a list.
