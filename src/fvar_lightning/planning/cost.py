@@ -36,15 +36,14 @@ class Cost(NamedTuple):
     """Weights of frozen networks of the losses."""
 
 
-def step_cost(
-    task: FVARTask | Stage1Task, data: ImageDataModule | None, batch_size: int, dtype: torch.dtype | None
-) -> Cost:
+def step_cost(task: Any, data: ImageDataModule | None, batch_size: int, dtype: torch.dtype | None) -> Cost:
     """Of the step after the codes are set and, where there is a discriminator, after it has joined.
 
-    Gradients are there all the time, as they are under accumulation. The codebook's upkeep is left out. It is small.
+    The computation is that of a GPU, see `LikeCUDA`. Gradients are there all the time, as they are under accumulation.
+    The codebook's upkeep, which is small, is left out.
 
     Args:
-        task: on device meta.
+        task: `FVARTask` or a task of stage 1, on device meta.
         data: what makes images and views; ``None``: tokens from a cache.
         batch_size: images.
         dtype: of autocast; ``None``: float32 throughout.

@@ -54,9 +54,11 @@ def memory(task: Any, cost: Cost, layout: Layout) -> dict[str, int]:
     return {name: size for name, size in parts.items() if size}
 
 
-def _gathered(task: FVARTask, weight: int) -> int:
+def _gathered(task: Any, weight: int) -> int:
     """Bytes that FSDP2 adds to the shards: the block at work, the next one, and what is in no block; of each the
     weights of so many bytes, and gradients in float32."""
+    if not isinstance(task, FVARTask):
+        raise ValueError("trainer.strategy ModelParallelStrategy shards FVARTask only; tokenizers are small: take ddp")
     blocks = [*task.student.blocks]
     if task.teacher is not None:
         blocks += task.teacher.blocks
