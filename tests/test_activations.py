@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from fvar_lightning.activations import recomputed, saved_bytes
+from fvar_lightning.tokenizer import autoencoder
+from fvar_lightning.tokenizer.autoencoder import Decoder, Encoder, ResnetBlock
 from fvar_lightning.transformer.losses import feature_loss, token_losses
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
@@ -70,3 +72,27 @@ def test_storages_count_once_and_parameters_not_at_all() -> None:
     assert saved_bytes(lambda: layer(x[:2])[:, :3].exp(), layer) == 4 * (3 * 5 + 2 * 3)
     assert saved_bytes(lambda: layer(x).exp().square()) == 4 * (3 * 5 + 3 * 7 + 5 * 7)
     assert saved_bytes(lambda: recomputed(lambda y: layer(y).exp().sin(), x), layer) == 4 * 3 * 5
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_residual_block_keeps_two_maps(grown: bool) -> None:
+    block = ResnetBlock(8, 16 if grown else 8, groups=4)
+    x = torch.randn(2, 8, 4, 4)
+    # the block's input and the first convolution's output; norms and activations are computed again
+    assert saved_bytes(lambda: block(x), block) == 4 * 2 * 16 * (8 + block.conv1.out_channels)
+
+
+def test_recomputed_convolutions_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(Encoder(8, (1, 2), 1, 4), Decoder(8, (1, 2), 1, 4)).double()
+    for parameter in network.parameters():  # residual branches start closed
+        nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(network(images).square().mean(), list(network.parameters()))
+
+    found = gradients()
+    monkeypatch.setattr(autoencoder, "recomputed", lambda function, *args: function(*args))
+    for ours, theirs in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fvar_lightning.activations import recomputed
+
 VAR_CH_MULT = (1, 1, 2, 2, 4)
 
 
@@ -53,9 +55,15 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h, inplace=True), inplace=True))
+        h = recomputed(self._begin, x)
+        h = recomputed(self._end, h)
         return h.add_(self.nin_shortcut(x))
+
+    def _begin(self, x: Tensor) -> Tensor:
+        return self.conv1(F.silu(self.norm1(x), inplace=True))
+
+    def _end(self, h: Tensor) -> Tensor:
+        return self.conv2(F.silu(self.norm2(h, inplace=True), inplace=True))
 
 
 class AttnBlock(nn.Module):
@@ -79,6 +87,9 @@ class Downsample2x(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self._padded, x)
+
+    def _padded(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -92,6 +103,9 @@ class Upsample2x(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and not torch.is_grad_enabled() and x[0].numel() > self.conv.weight.numel():
             return self.at_once(x)
+        return recomputed(self._enlarged, x)
+
+    def _enlarged(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
     def at_once(self, x: Tensor) -> Tensor:
