@@ -3,6 +3,7 @@
 from fvar_lightning.callbacks.alias import AliasMetrics
 from fvar_lightning.callbacks.base import StudentEvaluation
 from fvar_lightning.callbacks.checkpoint import LastCheckpoint
+from fvar_lightning.callbacks.files import AtomicCheckpointIO
 from fvar_lightning.callbacks.generation import GenerationMetrics
 from fvar_lightning.callbacks.loggers import log_picture
 from fvar_lightning.callbacks.pictures import SamplePictures, TokenizerPictures
@@ -12,6 +13,7 @@ from fvar_lightning.callbacks.writers import SampleWriter
 
 __all__ = [
     "AliasMetrics",
+    "AtomicCheckpointIO",
     "GenerationMetrics",
     "LastCheckpoint",
     "ReconstructionMetrics",
