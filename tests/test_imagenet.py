@@ -3,9 +3,11 @@
 import json
 import logging
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -100,9 +102,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def test_the_tokenizers_of_256_px_serve_512_px(workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The shortest way through the document."""
     caplog.set_level(logging.INFO)
-    needed = re.compile(r"fvar fit -c configs/(tokenizer|fvar_d36_512)|mkdir|cp|fvar export .*models/fvar_d36_512")
+    needed = re.compile(r"(fvar fit -c configs/(tokenizer|fvar_d36_512)|mkdir|cp|python|fvar export .*models/fvar_d36)")
     way = [command for command in commands() if needed.match(command)]
-    assert len(way) == 7
+    assert len(way) == 8
     follow(way)
     told = [r.getMessage() for r in caplog.records if "it serves" in r.getMessage()]
     assert [message.split()[0] for message in told] == ["structure_tokenizer", "alias_tokenizer"]
@@ -132,6 +134,10 @@ def follow(commands: list[str]) -> None:
             run([*arguments, *small(arguments)])
             if distributed.is_initialized():
                 distributed.destroy_process_group()
+        elif program == "python":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", arguments[1:])
+                runpy.run_module(arguments[1], run_name="__main__")
         else:
             subprocess.run([program, *arguments], check=True)
 
