@@ -33,9 +33,9 @@ from fvar_lightning.callbacks.checkpoint import LastCheckpoint
 from fvar_lightning.callbacks.files import AtomicCheckpointIO
 from fvar_lightning.cli import main
 from fvar_lightning.data import datasets
-from fvar_lightning.data.modules import TokenDataModule
 from fvar_lightning.data.photographs import PhotographDataset
 from fvar_lightning.data.sampler import EpochSampler, ResumableLoader
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks import stage1
 from fvar_lightning.tasks.alias import AliasTokenizerTask
