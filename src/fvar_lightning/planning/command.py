@@ -98,6 +98,7 @@ class Planner:
     def _task(self, config: Namespace, data: ImageDataModule | None, assumed: Assumptions, notes: list[str]) -> Any:
         """The task on device meta, its tokenizers described where their files are not there."""
         arguments = config.init_args
+        arguments.compile = False
         if issubclass(_load(config.class_path), FVARTask):
             arguments.num_classes, arguments.initial_weights = assumed.classes, None
             for kind, stand_in in (("structure", assumed.structure), ("alias", assumed.alias)):
@@ -113,7 +114,7 @@ class Planner:
     def _describe(self, source: str, stand_in: str, data: ImageDataModule | None, notes: list[str]) -> dict[str, Any]:
         """The tokenizer in a file; where there is none, that of a configuration, for the schedule of the data."""
         if Path(source).exists():
-            return describe(load_tokenizer(source))
+            return describe(load_tokenizer(source, schedule=None if data is None else data.schedule))
         config = self.parser.parse_args([f"--config={stand_in}"])
         notes.append(f"{source} is not there: as {_name(Path(stand_in))} makes it")
         with torch.device("meta"):
