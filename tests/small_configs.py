@@ -73,9 +73,11 @@ def model_options(task: str, schedule: FocusSchedule) -> list[str]:
     return options
 
 
-def trainer_options(root: Path, steps: int = 1) -> list[str]:
-    """One process on the CPU, and so many steps."""
+def trainer_options(name: str, root: Path, steps: int = 1) -> list[str]:
+    """One process on the CPU, and so many steps, of two batches where the configuration accumulates more."""
+    accumulates = "accumulate_grad_batches" in read(name)["trainer"]
     return [
+        *(["--trainer.accumulate_grad_batches=2"] if accumulates else []),
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
         f"--trainer.max_steps={steps}",

@@ -52,7 +52,7 @@ def arguments(names: list[str], source: Path | str, root: Path) -> list[str]:
     schedule = small_configs.small_schedule(small_configs.schedule_of(names))
     model = small_configs.read(names[0])["model"]
     args = [f"--config={FOLDER / name}" for name in names]
-    args += small_configs.data_options(schedule, source) + small_configs.trainer_options(root)
+    args += small_configs.data_options(schedule, source) + small_configs.trainer_options(names[0], root)
     args += small_configs.model_options(model["class_path"], schedule)
     if model["class_path"] == "FVARTask":
         options: dict[str, Any] = {}
@@ -117,7 +117,8 @@ def test_official_weights_are_fine_tuned(image_folder: Path, tmp_path: Path) -> 
     var = VAR(schedule.patch_nums, vocab_size=16, z_channels=4, num_classes=5, depth=2)
     with pytest.warns(UserWarning, match="official VAR builds its tokenizer with"):
         export_var_checkpoint(vae, var, tmp_path / "vae.pth", tmp_path / "var.pth")
-    cli = main(["fit", f"--config={FOLDER / OFFICIAL}", *small_configs.trainer_options(tmp_path), "--model.depth=2",
+    options = small_configs.trainer_options(OFFICIAL, tmp_path)
+    cli = main(["fit", f"--config={FOLDER / OFFICIAL}", *options, "--model.depth=2",
                 f"--data.source={image_folder}", "--data.batch_size=1", f"--model.initial_weights={tmp_path}/var.pth",
                 f"--model.structure_tokenizer={tmp_path}/vae.pth"])  # fmt: skip
     stepped(cli)

@@ -43,7 +43,7 @@ def small(arguments: list[str]) -> list[str]:
     if arguments[0] == "export":
         return []
     schedule = small_configs.small_schedule(small_configs.schedule_of(names))
-    options = small_configs.trainer_options(Path("runs"), STEPS)
+    options = small_configs.trainer_options(names[0], Path("runs"), STEPS)
     options += small_configs.model_options(small_configs.read(names[0])["model"]["class_path"], schedule)
     if "--ckpt_path" in arguments:  # which knows its sizes
         options = [option for option in options if not option.startswith("--model.")]

@@ -160,6 +160,7 @@ def test_samples_of_a_checkpoint_need_no_images(tokenizers: list[str], tmp_path:
     """Neither its tokenizers' files: the folder that the data module names does not exist."""
     task = FVARTask(*tokenizers, num_classes=2, class_names=["blue", "red"], depth=2, width=32, heads=2)
     trainer = make_trainer(tmp_path, [], logger=False)
+    task.trainer = trainer
     trainer.strategy.connect(task)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     conf = Path(__file__).parent / "conf" / "fvar.yaml"

@@ -144,6 +144,7 @@ UPSTREAM_NOISE = (
     "Total length of .list. across ranks is zero",  # there may be no validation data
     "Found .* module.* in eval mode",  # the frozen tokenizers are meant to be
     ".*isinstance.treespec, LeafSpec",  # Lightning's own use of torch
+    "You're using the WeightAveraging callback with a model that overrides",  # it is not sharded by DDP
     "FSDP2-wrapped module .* returned a view",  # which nothing writes to
 )
 
