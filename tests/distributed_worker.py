@@ -51,7 +51,7 @@ class FixedImages(LightningDataModule):
 
 
 def sgd(params: object) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.1)
+    return torch.optim.SGD(params, lr=1.0)
 
 
 def adamw(params: object) -> torch.optim.Optimizer:

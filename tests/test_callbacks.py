@@ -344,14 +344,14 @@ def test_averages_of_a_tokenizer_begin_after_the_warm_up(image_folder: Path, tmp
 
     options = {"vocab_size": 8, "z_channels": 4, "ch": 8, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "warmup_steps": 2}
     for start in (3, 100):
-        watch, last = Codes(), LastCheckpoint(str(tmp_path))
+        watch, last = Codes(), LastCheckpoint(str(tmp_path / str(start)))
         averaging = EMAWeightAveraging(decay=0.5, use_buffers=False, update_starting_at_step=start)
         trainer = make_trainer(
             tmp_path, [watch, last, averaging], max_steps=6, max_epochs=-1, enable_checkpointing=True
         )
         trainer.fit(TokenizerTask(FocusSchedule(**LAYOUT), **options), make_data(image_folder, batch_size=4))
-        checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-        loaded = load_tokenizer(tmp_path / "last.ckpt").state_dict()
+        checkpoint = torch.load(tmp_path / str(start) / "last.ckpt", weights_only=True)
+        loaded = load_tokenizer(tmp_path / str(start) / "last.ckpt").state_dict()
         raw = {name.removeprefix("tokenizer."): x for name, x in checkpoint["current_model_state"].items()}
         codes = "quantizer.codebook.embedding.weight"
         if start == 100:

@@ -44,7 +44,7 @@ def module(source: object, **options) -> ImageDataModule:
 
 
 def on_rank(data, rank: int, ranks: int):
-    data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, num_devices=1)
+    data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, num_devices=1, lightning_module=None)
     return data
 
 

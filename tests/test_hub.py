@@ -42,6 +42,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
         patch.setenv("HF_HUB_CACHE", str(cache))
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
         patch.delenv("HF_TOKEN", raising=False)
         for name in hub_modules():
             patch.delitem(sys.modules, name)
