@@ -1,4 +1,4 @@
-"""The README's table of sizes, memory and time: every shipped configuration of a real size on eight GPUs of 80 GiB.
+"""The table of docs/scaling.md: every shipped configuration of a real size on eight GPUs of 80 GiB.
 
     python studies/plan_table.py [options of fvar plan: --gpus 8 --memory 80 --tflops 312 --utilisation 0.4]
 
