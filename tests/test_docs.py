@@ -1,6 +1,7 @@
 """The documents: their commands parse, their Python runs, what they name is there."""
 
 import functools
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ import fvar_lightning.weights.export
 import small_configs
 from fvar_lightning import cli
 from fvar_lightning.__main__ import COMMANDS, run
+from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.generation.sampling import generate
 from fvar_lightning.planning.command import Planner
 from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.training import parameter_groups
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
@@ -161,6 +164,27 @@ def check_extensions(names: dict[str, Any]) -> None:
 
     features = names["Thumbnails"]()(torch.full((2, 3, 16, 16), 7, dtype=torch.uint8)).features
     assert torch.equal(features, torch.full((2, 192), 7.0))
+
+
+@pytest.mark.usefixtures("model")
+def test_losses_of_the_first_step() -> None:
+    """As training.md and faq.md have them: ln(codes) of both networks, nothing to distil."""
+    task = FVARTask("structure.ckpt", "alias.ckpt", num_classes=2, depth=2, width=64)
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    refocus = task.vae.refocus
+    batch = ImageBatch(images, torch.tensor([0, 1, 0, 1]), refocus(images), refocus.blur(images))
+    with torch.no_grad():
+        terms = task.losses(task.tokens(batch), torch.Generator().manual_seed(0))
+    for name in ("student", "teacher"):
+        assert float(terms[name]) == pytest.approx(math.log(task.vae.vocab_size), abs=0.05)
+    for name in ("feature", "logit"):
+        assert float(terms[name]) == pytest.approx(0, abs=1e-6)
+    text = (ROOT / "docs" / "faq.md").read_text()
+    rows = re.findall(r"^\| (\d+) \([^|]*\| ([\d.]+) \| ([\d.]+) % \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for codes, loss, accuracy in rows:
+        assert float(loss) == pytest.approx(math.log(int(codes)), abs=0.005)
+        assert float(accuracy) == pytest.approx(100 / int(codes), rel=0.03)
 
 
 def test_examples_of_extending_are_short() -> None:
