@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,3 +246,16 @@ def test_the_layout_names_every_room() -> None:
     package = ROOT / "src" / "fvar_lightning"
     rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert sorted(named) == sorted(rooms - {"__init__", "__pycache__"})
+
+
+@pytest.mark.slow
+def test_the_table_of_all_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    """scaling.md holds what its command prints, the others and the configurations' heads say the same."""
+    runpy.run_path(str(ROOT / "studies" / "plan_table.py"))["main"]([])
+    table = capsys.readouterr().out
+    assert table in (ROOT / "docs" / "scaling.md").read_text()
+    for name, *_, memory, _, _ in ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]):
+        assert f"{memory} a GPU" in (ROOT / "configs" / f"{name}.yaml").read_text(), name
+        for page in (ROOT / "README.md", ROOT / "docs" / "imagenet.md"):
+            for row in re.findall(rf"^\| `{name}` .*$", page.read_text(), flags=re.MULTILINE):
+                assert f"| {memory} |" in row, page.name
