@@ -1,4 +1,4 @@
-"""The README's table of sizes, memory and time: every shipped configuration of a real size on eight GPUs of 80 GiB.
+"""The table of docs/scaling.md: every shipped configuration of a real size on eight GPUs of 80 GiB.
 
     python studies/plan_table.py [options of fvar plan: --gpus 8 --memory 80 --tflops 312 --utilisation 0.4]
 
@@ -6,6 +6,7 @@ Counted, not measured on GPUs; see `fvar plan --help` for what is assumed.
 """
 
 import sys
+from math import ceil
 
 from fvar_lightning.cli import configs
 from fvar_lightning.planning.command import Planner
@@ -27,7 +28,7 @@ def row(name: str, options: list[str]) -> str:
         made, trainer = (sharded, "FSDP2") if sharded.fits else (made, "DDP")
     trained = sum(count for network, count in made.parameters.items() if "frozen" not in network)
     batch = f"{made.batch_size}" + (f" x {made.accumulate}" if made.accumulate > 1 else "")
-    memory = f"{sum(made.memory.values()) / GIB:.0f} GiB" + ("" if made.fits else ", too much")
+    memory = f"{ceil(sum(made.memory.values()) / GIB)} GiB" + ("" if made.fits else ", too much")
     work = f"{made.flops / 1e12:.2g}" + (f" + {made.frozen_flops / 1e12:.2g}" if made.frozen_flops else "")
     cells = [name, trainer, f"{trained / 1e6:.0f} M", made.tokens, batch, work, memory, made.largest_batch,
              duration(made.seconds)]  # fmt: skip

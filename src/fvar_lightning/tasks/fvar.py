@@ -100,6 +100,8 @@ class FVARTask(FiniteTask):
         ValueError: naming the argument, its value and what is accepted.
     """
 
+    student_class: type[VAR] = VAR
+    """What the student is; a subclass of the task may name a subclass of `VAR`."""
     student: VAR
     teacher: HighFrequencyTeacher | None
 
@@ -189,7 +191,7 @@ class FVARTask(FiniteTask):
         def options(*names: str) -> dict[str, Any]:
             return {name: self.hparams[name] for name in names}
 
-        student = VAR(
+        student = self.student_class(
             self.vae.schedule.patch_nums,
             vocab_size=self.vae.vocab_size,
             z_channels=self.vae.z_channels,
