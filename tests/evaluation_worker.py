@@ -60,12 +60,17 @@ def sgd(params: object) -> torch.optim.Optimizer:
 
 
 def make_task(tokenizers: list[str], **options: object) -> FVARTask:
-    """Whose teacher has something of its own to say."""
     torch.manual_seed(0)
     sizes = {"num_classes": 2, "depth": 2, "width": 32, "heads": 2, "class_names": ["blue", "red"]}
     task = FVARTask(*tokenizers, optimizer=sgd, **(sizes | options))
     torch.nn.init.normal_(task.student.head.weight, std=0.3)
-    for block in () if task.teacher is None else task.teacher.blocks:
+    return task
+
+
+def make_taught_task(tokenizers: list[str], **options: object) -> FVARTask:
+    """Whose teacher has something of its own to say."""
+    task = make_task(tokenizers, **options)
+    for block in task.teacher.blocks:
         torch.nn.init.normal_(block.cross.proj.weight)
     return task
 
@@ -95,7 +100,7 @@ def run(root: Path, images: Path, strategy: str = "single") -> None:
     """Test into report.json, predict into samples and tokens: what one process and two must agree in."""
     tokenizers = [str(root.parent / f"{kind}.ckpt") for kind in ("structure", "alias")]
     trainer = make_trainer(root, evaluation_callbacks(root), **processes(strategy))
-    trainer.test(make_task(tokenizers), make_data(images))
+    trainer.test(make_taught_task(tokenizers), make_data(images))
     trainer = make_trainer(root, [SampleWriter(str(root / "samples"), output="both")], **processes(strategy))
     trainer.predict(make_task(tokenizers), make_data(images, batch_size=3, samples_per_class=3))
     trainer = make_trainer(root, [TokenWriter(str(root / "tokens"), rows_per_shard=3)], **processes(strategy))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation_worker import make_data, make_task, make_trainer, write_tokenizers
+from evaluation_worker import make_data, make_task, make_taught_task, make_trainer, write_tokenizers
 from fvar_lightning.callbacks import TeacherGap
 from fvar_lightning.callbacks.teacher_gap import gap_rows, gap_sums
 from fvar_lightning.callbacks.tokens import TokenWriter
@@ -61,7 +61,7 @@ def plain(task: FVARTask, batch: TokenBatch, alias: list[Tensor]) -> tuple[list[
 @torch.no_grad()
 def test_figures_are_the_plain_formulas(tokenizers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK", 16)
-    task, batch = make_task(tokenizers).double().eval(), make_tokens()
+    task, batch = make_taught_task(tokenizers).double().eval(), make_tokens()
     (student, teacher), gates = plain(task, batch, batch.alias)
     (_, shuffled), _ = plain(task, batch, [maps[[4, 0, 1, 2, 3]] for maps in batch.alias])
     rows = gap_rows(gap_sums(task, batch), SIDES)
@@ -78,14 +78,14 @@ def test_figures_are_the_plain_formulas(tokenizers: list[str], monkeypatch: pyte
 
 def test_scales_that_read_nothing_have_no_gate(tokenizers: list[str]) -> None:
     """The sharp one, own scale only, and the first where only two read."""
-    task = make_task(tokenizers, alias_scales=2, alias_context="own_scale").eval()
+    task = make_taught_task(tokenizers, alias_scales=2, alias_context="own_scale").eval()
     gates = [row["teacher_gate"] for row in gap_rows(gap_sums(task, make_tokens()), SIDES)]
     assert gates[0] == gates[2] == 0
     assert 0 < gates[1] < 1
 
 
 def test_a_batch_of_one_image_has_no_control(tokenizers: list[str]) -> None:
-    task = make_task(tokenizers).eval()
+    task = make_taught_task(tokenizers).eval()
     alone, both = gap_sums(task, make_tokens(1)), gap_sums(task, make_tokens())
     assert gap_rows(alone, SIDES)[-1]["teacher_gap_shuffled"] != gap_rows(alone, SIDES)[-1]["teacher_gap_shuffled"]
     joined, control = (gap_rows(sums, SIDES)[-1]["teacher_gap_shuffled"] for sums in (alone + both, both))
@@ -95,7 +95,7 @@ def test_a_batch_of_one_image_has_no_control(tokenizers: list[str]) -> None:
 def test_compiled_blocks_tell_the_same(tokenizers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no C++ compiler
     torch._dynamo.reset()
-    compiled = make_task(tokenizers, compile=True).train()
+    compiled = make_taught_task(tokenizers, compile=True).train()
     batch = make_tokens()
     compiled.losses(batch)["loss"].backward()
     plain = copy.deepcopy(compiled)
@@ -114,7 +114,7 @@ def validate(task: FVARTask, data: Any, root: Path, **options: Any) -> tuple[dic
 def test_images_and_their_cached_tokens_have_the_same_gap(
     tokenizers: list[str], image_folder: Path, tmp_path: Path
 ) -> None:
-    task, images = make_task(tokenizers), make_data(image_folder)
+    task, images = make_taught_task(tokenizers), make_data(image_folder)
     cache = str(tmp_path / "tokens")
     writer = make_trainer(tmp_path / "writer", [TokenWriter(cache)])
     writer.predict(task, make_data(image_folder, predict="tokens", part="val"))
