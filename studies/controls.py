@@ -48,9 +48,12 @@ class SelfDistilled(FVARTask):
         terms["loss"] = terms["student"] + step.distillation * distilled
         return terms
 
-    @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        decay = min(DECAY, (1 + self.global_step) / (10 + self.global_step))
+        self.follow(min(DECAY, (1 + self.global_step) / (10 + self.global_step)))
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Have the average keep so much of itself."""
         for average, own in zip(self.average.parameters(), self.student.parameters(), strict=True):
             average.lerp_(own, 1 - decay)

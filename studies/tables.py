@@ -13,8 +13,7 @@ Figures = Mapping[int, Mapping[str, float]]
 
 def values(found: Figures, figure: str) -> list[float]:
     """Of the seeds that have it."""
-    return [figures[figure] for figures in found.values() if figures.get(figure) == figures.get(figure, 0.0)
-            and figure in figures]  # fmt: skip
+    return [figures[figure] for figures in found.values() if figure in figures]
 
 
 def spread(found: Sequence[float]) -> str:

@@ -79,11 +79,9 @@ class TeacherGap(Callback):
         values = {f"{prefix}/{figure}/{row['scale']}": row[figure] for row in rows for figure in FIGURES}
         task.log_dict(values, sync_dist=True, batch_size=1)
         log_pictures(trainer, {"teacher_gap": gap_picture(rows[:-1])})
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if trainer.is_global_zero:
-            with (
-                replacing(Path(trainer.log_dir or trainer.default_root_dir, "teacher_gap.csv")) as beside,
-                beside.open("w", newline="") as file,
-            ):
+            with replacing(folder / "teacher_gap.csv") as beside, beside.open("w", newline="") as file:
                 table = csv.DictWriter(file, list(rows[0]))
                 table.writeheader()
                 table.writerows(rows)
