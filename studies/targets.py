@@ -14,8 +14,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 
+from sets import NETWORKS, QUICKSTART, SETS, images_of
+from tables import markdown, spread
 from torch.utils.data import DataLoader, Subset
 
 from fvar_lightning.atomic import write_json
@@ -33,15 +34,8 @@ OF_VIEW = {
 }
 """Variants of `view`, and their arguments."""
 VARIANTS = (*TARGETS, *OF_VIEW, "alias")
-QUICKSTART = configs() / "quickstart"
 GENERATED, REAL = 640, 1000
 """Images, at most. Fewer than the extractor's features: the Frechet distances compare among themselves only."""
-
-SETS = {
-    "scenes128": [f"--data={QUICKSTART / 'data.yaml'}"],
-    "FashionMNIST": [f"--data={configs() / 'data' / 'torchvision32.yaml'}", "--data.batch_size=16"],
-}
-NETWORKS = {"scenes128": [], "FashionMNIST": ["--model.ch_mult=[1, 2, 4]"]}
 
 SHOWN = {
     "tokenizer psnr": "PSNR, dB",
@@ -55,12 +49,6 @@ SHOWN = {
     "student fd_": "generated: Frechet distance, ",
 }
 """Figures in the table, by file and beginning of the name, and what they are called there."""
-
-
-def images_of(name: str, folder: str, seed: int) -> list[str]:
-    """Arguments that choose the images."""
-    where = [f"--data.root={folder}"] if name == "FashionMNIST" else [f"--data.source={folder}"]
-    return [*SETS[name], *where, f"--data.seed={seed}"]
 
 
 def tokenizer_of(name: str, variant: str, seed: int) -> list[str]:
@@ -128,10 +116,8 @@ def table(folder: Path, variants: Sequence[str]) -> str:
     """Markdown: mean and standard deviation over the seeds of every figure, and how many seeds."""
     rows = {variant: figures(folder / variant) for variant in variants}
     columns = list(dict.fromkeys(name for found in rows.values() for name in found))
-    lines = [f"| figure | {' | '.join(rows)} |", "|" + "---|" * (len(rows) + 1)]
-    for column in columns:
-        lines.append(f"| {column} | {' | '.join(_cell(found.get(column, [])) for found in rows.values())} |")
-    return "\n".join(lines)
+    cells = [[column, *(spread(found.get(column, [])) for found in rows.values())] for column in columns]
+    return markdown(["figure", *rows], cells)
 
 
 def figures(folder: Path) -> dict[str, list[float]]:
@@ -144,13 +130,6 @@ def figures(folder: Path) -> dict[str, list[float]]:
             if key.startswith(f"val/{figure}"):
                 found[title + key.removeprefix(f"val/{figure}")] = [values[key] for values in contents]
     return found
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{mean(values):.4g}{spread} ({len(values)})"
 
 
 def main(args: Sequence[str] | None = None) -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvar_lightning.callbacks import AliasMetrics, GenerationMetrics
+from fvar_lightning.callbacks import AliasMetrics, GenerationMetrics, TeacherGap
 from fvar_lightning.callbacks.tokens import TokenWriter
 from fvar_lightning.callbacks.writers import SampleWriter
 from fvar_lightning.data.modules import ImageDataModule
@@ -59,10 +59,19 @@ def sgd(params: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.5)
 
 
-def make_task(tokenizers: list[str]) -> FVARTask:
+def make_task(tokenizers: list[str], **options: object) -> FVARTask:
     torch.manual_seed(0)
-    task = FVARTask(*tokenizers, num_classes=2, depth=2, width=32, heads=2, class_names=["blue", "red"], optimizer=sgd)
+    sizes = {"num_classes": 2, "depth": 2, "width": 32, "heads": 2, "class_names": ["blue", "red"]}
+    task = FVARTask(*tokenizers, optimizer=sgd, **(sizes | options))
     torch.nn.init.normal_(task.student.head.weight, std=0.3)
+    return task
+
+
+def make_taught_task(tokenizers: list[str], **options: object) -> FVARTask:
+    """Whose teacher has something of its own to say."""
+    task = make_task(tokenizers, **options)
+    for block in task.teacher.blocks:
+        torch.nn.init.normal_(block.cross.proj.weight)
     return task
 
 
@@ -84,14 +93,14 @@ def evaluation_callbacks(root: Path) -> list[Callback]:
     metrics = GenerationMetrics(
         SAMPLES, TinyExtractor, cache=str(root / "cache"), report=str(root / "report.json"), batch_size=2
     )
-    return [metrics, AliasMetrics(num_samples=1)]
+    return [metrics, AliasMetrics(num_samples=1), TeacherGap()]
 
 
 def run(root: Path, images: Path, strategy: str = "single") -> None:
     """Test into report.json, predict into samples and tokens: what one process and two must agree in."""
     tokenizers = [str(root.parent / f"{kind}.ckpt") for kind in ("structure", "alias")]
     trainer = make_trainer(root, evaluation_callbacks(root), **processes(strategy))
-    trainer.test(make_task(tokenizers), make_data(images))
+    trainer.test(make_taught_task(tokenizers), make_data(images))
     trainer = make_trainer(root, [SampleWriter(str(root / "samples"), output="both")], **processes(strategy))
     trainer.predict(make_task(tokenizers), make_data(images, batch_size=3, samples_per_class=3))
     trainer = make_trainer(root, [TokenWriter(str(root / "tokens"), rows_per_shard=3)], **processes(strategy))

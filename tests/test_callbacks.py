@@ -1,5 +1,6 @@
 """The evaluating callbacks against plain calls, SciPy, closed forms, and themselves on two processes."""
 
+import csv
 import json
 import os
 import socket
@@ -415,6 +416,11 @@ def test_callbacks_refuse_the_other_task(tokenizers: list[str]) -> None:
 # two processes
 
 
+def read_gaps(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_make_every_sample_once(
     strategy: str, tokenizers: list[str], image_folder: Path, tmp_path_factory: pytest.TempPathFactory
@@ -436,6 +442,12 @@ def test_two_processes_make_every_sample_once(
     names = ["fd_tiny", "precision_tiny", "recall_tiny"]
     assert [reports[1]["values"][n] for n in names] == pytest.approx([reports[0]["values"][n] for n in names], rel=1e-5)
     assert reports[1]["settings"]["real_images"] == 16
+    gaps = [read_gaps(folder / "logs" / "version_0" / "teacher_gap.csv") for folder in (one, two)]
+    assert len(gaps[0]) == 4
+    # the control depends on how images are shared out
+    for row, other in zip(*gaps, strict=True):
+        for figure in ("student", "teacher", "teacher_gap", "teacher_gate"):
+            assert float(other[figure]) == pytest.approx(float(row[figure]), rel=1e-3, abs=1e-4)
     files = [{p.relative_to(f): p.read_bytes() for p in (f / "samples").rglob("*.*") if p.suffix != ".json"}
              for f in (one, two)]  # fmt: skip
     assert len(files[0]) == 7

@@ -53,7 +53,13 @@ def step(student: VAR, teacher: HighFrequencyTeacher) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("trunk", "compiled", "recompute"),
-    [("shared", False, False), ("separate", False, True), ("shared", True, True), ("separate", True, False)],
+    [
+        ("shared", False, False),
+        ("detached", False, False),
+        ("separate", False, True),
+        ("shared", True, True),
+        ("separate", True, False),
+    ],
 )
 def test_shards_have_the_gradients_of_the_whole(trunk: str, compiled: bool, recompute: bool, mesh: DeviceMesh) -> None:
     """Recomputed blocks gather their weights for the backward pass; compiled ones make two graphs, at any depth."""

@@ -373,6 +373,7 @@ def test_a_teacher_that_is_a_copy_teaches_nothing_in_training_either(trained: di
     [
         ("shared", True),
         ("separate", False),
+        ("detached", False),
         pytest.param("shared", False, marks=pytest.mark.slow),
         pytest.param("separate", True, marks=pytest.mark.slow),
     ],
@@ -415,6 +416,51 @@ def test_teacher_is_not_pulled_by_the_distillation(trained: dict[str, Path]) -> 
     assert terms["logit"] > 0
 
 
+@pytest.mark.parametrize("trunk", ["shared", "detached", "separate"])
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_whom_the_teachers_loss_trains(trained: dict[str, Path], trunk: str, shared_aln: bool) -> None:
+    """The student too where they share a trunk, unless that is detached; the teacher's own parts always."""
+    task = make_task(trained, trunk=trunk, shared_aln=shared_aln).train()
+    torch.nn.init.normal_(task.student.head.weight)
+    for block in task.teacher.blocks:
+        torch.nn.init.normal_(block.cross.proj.weight)
+    loss = task.losses(make_tokens(task))["teacher"]
+    student, teacher = (
+        torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
+        for network in (task.student, task.teacher)
+    )
+    assert any(g is not None and g.any() for g in student) == (trunk == "shared")
+    assert all(g is not None and g.any() for g in teacher) or trunk == "separate"
+    assert any(g is not None and g.any() for g in teacher)
+
+
+def test_alias_tokens_of_the_sharp_scale_are_read_only_on_demand(trained: dict[str, Path]) -> None:
+    """Whose residual is zero; the weights are the same either way, so that checkpoints of both load."""
+    tasks = [make_task(trained, sharp_alias=on) for on in (False, True)]
+    tasks[1].load_state_dict(tasks[0].state_dict())
+    batch = make_tokens(tasks[0])
+    changed = batch._replace(alias=[*batch.alias[:-1], (batch.alias[-1] + 1) % 8])
+    for task, differs in zip(tasks, (False, True), strict=True):
+        torch.nn.init.constant_(task.teacher.blocks[-1].cross.proj.weight, 0.1)
+        torch.nn.init.normal_(task.student.head.weight, generator=torch.Generator().manual_seed(0))
+        assert (task.losses(batch)["teacher"] != task.losses(changed)["teacher"]) == differs
+
+
+def test_distillation_sets_in_and_rises(
+    trained: dict[str, Path], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run's steps: nothing of it before, all of it after the ramp, and all of it in validation."""
+    given = []
+    terms = FVARTask.terms
+    monkeypatch.setattr(
+        FVARTask, "terms", lambda task, step: (given.append(step.distillation.item()), terms(task, step))[1]
+    )
+    args = ["--model.distill_start=0.25", "--model.distill_ramp=0.5", "--trainer.max_steps=8"]
+    fit("fvar.yaml", image_folder, tmp_path, [*stage2_args(trained), *args])
+    # two epochs of four batches, and one of validation after each
+    assert given == [0, 0, 0, 0.25, 1, 0.5, 0.75, 1, 1, 1]
+
+
 def test_terms_are_the_plain_formulas_in_float64(trained: dict[str, Path]) -> None:
     task = make_task(trained).eval()
     torch.nn.init.normal_(task.teacher.blocks[-1].cross.proj.weight)
@@ -429,8 +475,9 @@ def test_terms_are_the_plain_formulas_in_float64(trained: dict[str, Path]) -> No
     assert terms["logit"].item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     error = (trace.hidden[-1] - taught.hidden[-1]).double().square().mean()
     assert terms["feature"].item() == pytest.approx(error.item(), rel=1e-4)
-    total = terms["student"] + terms["teacher"] + terms["feature"] + 0.5 * terms["logit"]
-    torch.testing.assert_close(terms["loss"], total)
+    own, distilled = terms["student"] + terms["teacher"], terms["feature"] + 0.5 * terms["logit"]
+    for factor in (1.0, 0.25):
+        torch.testing.assert_close(task.losses(batch, distillation=factor)["loss"], own + factor * distilled)
 
 
 def test_without_weights_there_is_no_teacher(trained: dict[str, Path]) -> None:
@@ -449,6 +496,9 @@ def test_without_weights_there_is_no_teacher(trained: dict[str, Path]) -> None:
         ({"lr_hold": -0.1}, r"lr_hold must lie in \[0, 1\], got -0.1"),
         ({"weight_decay_final": -0.1}, "weight_decay_final must not be negative, got -0.1"),
         ({"initial_gain": -1.0}, "initial_gain must not be negative, got -1"),
+        ({"distill_start": 1.5}, r"distill_start must lie in \[0, 1\], got 1.5"),
+        ({"distill_ramp": -0.1}, r"distill_ramp must lie in \[0, 1\], got -0.1"),
+        ({"alias_scales": 1, "alias_context": "own_scale"}, "alias_scales must be more than the 1 sharp scales"),
         ({"alias_blocks": 9}, r"alias_blocks must lie in 1..3"),
     ],
 )

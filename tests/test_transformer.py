@@ -115,7 +115,7 @@ def test_var_refuses_drop_rates(rate: float) -> None:
         make_var(drop_path_rate=rate)
 
 
-@pytest.mark.parametrize("trunk", ["shared", "separate"])
+@pytest.mark.parametrize("trunk", ["shared", "detached", "separate"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_teacher_starts_as_the_student(kind: dict[str, bool], trunk: str) -> None:
     var = make_var(**kind)
@@ -129,12 +129,19 @@ def test_teacher_starts_as_the_student(kind: dict[str, bool], trunk: str) -> Non
 
 
 @pytest.mark.parametrize("context", ["causal", "own_scale"])
-@pytest.mark.parametrize("scales", [1, 3])
-def test_which_alias_tokens_a_scale_reads(context: str, scales: int) -> None:
+@pytest.mark.parametrize(("scales", "sharp"), [(1, 0), (3, 0), (2, 1), (3, 2)])
+def test_which_alias_tokens_a_scale_reads(context: str, scales: int, sharp: int) -> None:
+    """None of sharp scales, whose residual is zero; own scale only, these scales read nothing at all."""
     var = make_var()
     labels, inputs, alias = make_batch(requires_grad=True)
     teacher = HighFrequencyTeacher(
-        var, alias_channels=6, alias_blocks=1, alias_context=context, alias_scales=scales, trunk="separate"
+        var,
+        alias_channels=6,
+        alias_blocks=1,
+        alias_context=context,
+        alias_scales=scales,
+        trunk="separate",
+        sharp_scales=sharp,
     )
     for block in teacher.blocks:
         torch.nn.init.normal_(block.cross.proj.weight)
@@ -146,6 +153,7 @@ def test_which_alias_tokens_a_scale_reads(context: str, scales: int) -> None:
         if s >= LAYOUT.num_scales - scales:
             first = 0 if context == "causal" else rows.start
             expected[first : rows.stop] = True
+            expected[LAYOUT.slices[LAYOUT.num_scales - sharp].start if sharp else LAYOUT.length :] = False
         assert torch.equal(read, expected)
 
 
@@ -159,7 +167,7 @@ def test_shared_trunk_doubles_only_the_last_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("alias_blocks", 4), ("alias_scales", 0), ("alias_context", "all"), ("trunk", "double")],
+    [("alias_blocks", 4), ("alias_scales", 0), ("alias_context", "all"), ("trunk", "double"), ("sharp_scales", 3)],
 )
 def test_teacher_refuses(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{argument} must .*{value}"):

@@ -4,6 +4,7 @@ from .callbacks.generation import GenerationMetrics as GenerationMetrics
 from .callbacks.pictures import SamplePictures as SamplePictures
 from .callbacks.pictures import TokenizerPictures as TokenizerPictures
 from .callbacks.reconstruction import ReconstructionMetrics as ReconstructionMetrics
+from .callbacks.teacher_gap import TeacherGap as TeacherGap
 from .callbacks.tokens import TokenWriter as TokenWriter
 from .callbacks.writers import SampleWriter as SampleWriter
 from .data.modules import ImageDataModule as ImageDataModule

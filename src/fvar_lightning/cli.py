@@ -16,6 +16,7 @@ from fvar_lightning.callbacks import (
     GenerationMetrics,
     ReconstructionMetrics,
     SamplePictures,
+    TeacherGap,
     TokenizerPictures,
 )
 from fvar_lightning.callbacks.checkpoint import LastCheckpoint
@@ -43,6 +44,7 @@ COMPONENTS = (
     ReconstructionMetrics,
     AliasMetrics,
     SamplePictures,
+    TeacherGap,
     TokenizerPictures,
     EfficientNetLite0,
     Inception,

@@ -8,6 +8,7 @@ from fvar_lightning.callbacks.generation import GenerationMetrics
 from fvar_lightning.callbacks.loggers import log_picture
 from fvar_lightning.callbacks.pictures import SamplePictures, TokenizerPictures
 from fvar_lightning.callbacks.reconstruction import ReconstructionMetrics
+from fvar_lightning.callbacks.teacher_gap import TeacherGap
 from fvar_lightning.callbacks.tokens import TokenWriter
 from fvar_lightning.callbacks.writers import SampleWriter
 
@@ -20,6 +21,7 @@ __all__ = [
     "SamplePictures",
     "SampleWriter",
     "StudentEvaluation",
+    "TeacherGap",
     "TokenWriter",
     "TokenizerPictures",
     "log_picture",

@@ -24,12 +24,13 @@ from fvar_lightning.tasks.training import (
     batch_generator,
     check_views,
     parameter_groups,
+    ramp,
     training_steps,
 )
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, token_losses
-from fvar_lightning.transformer.teacher import HighFrequencyTeacher
+from fvar_lightning.transformer.teacher import HighFrequencyTeacher, Trunk
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.averages import state_of
 from fvar_lightning.weights.checkpoints import load_initial_weights
@@ -54,13 +55,15 @@ class StepInputs(NamedTuple):
     """(B, L, Z_a) alias codebook vectors, where there is a teacher."""
     keep: Tensor | None
     """(depth, B, 2), see `VAR.keep_masks`."""
+    distillation: Tensor
+    """(), factor on the distillation, 0 to 1."""
 
 
 class FVARTask(FiniteTask):
     """Trains the student, and the teacher that distils the alias tokens into it (paper section 3.6, eq. 12).
 
         loss = CE(student) + teacher_loss_weight * CE(teacher)
-             + feature_weight * MSE(features) + logit_weight * KL(teacher || student)
+             + distillation * (feature_weight * MSE(features) + logit_weight * KL(teacher || student))
 
     Takes batches of `ImageDataModule` or `TokenDataModule`. The tokenizers are frozen and travel in the checkpoint.
     With the three weights at 0 there is no teacher: plain VAR.
@@ -78,10 +81,15 @@ class FVARTask(FiniteTask):
         depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm, initial_gain, recompute: of the
             student, see `VAR`.
         trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
+        sharp_alias: have the teacher read the alias tokens of sharp views too, whose residual is zero: more than a
+            third of all, and of them nothing but their position and level.
         teacher_loss_weight: of the teacher's own cross-entropy.
         feature_weight: of the feature distillation (lambda_feat).
         logit_weight: of the logit distillation (lambda_logit).
         feature_blocks: how many of the last blocks are compared.
+        distill_start: part of the run after which the student is distilled into; until then it and the teacher learn
+            from the tokens alone.
+        distill_ramp: part of the run during which the distillation then rises linearly to its weights.
         label_dropout: probability that a label becomes the class-free one.
         guidance, top_k, top_p: of `generate`, for prediction.
         optimizer: of student and teacher.
@@ -120,14 +128,17 @@ class FVARTask(FiniteTask):
         attn_l2_norm: bool = True,
         initial_gain: float = 1e-5,
         recompute: bool = False,
-        trunk: Literal["shared", "separate"] = "shared",
+        trunk: Trunk = "shared",
         alias_blocks: int = 2,
         alias_scales: int | None = None,
         alias_context: Literal["causal", "own_scale"] = "causal",
+        sharp_alias: bool = False,
         teacher_loss_weight: float = 1.0,
         feature_weight: float = 1.0,
         logit_weight: float = 0.5,
         feature_blocks: int = 1,
+        distill_start: float = 0.0,
+        distill_ramp: float = 0.0,
         label_dropout: float = 0.1,
         guidance: float = 1.5,
         top_k: int = 900,
@@ -157,6 +168,9 @@ class FVARTask(FiniteTask):
             )
         if not 1 <= feature_blocks <= alias_blocks:
             raise ValueError(f"feature_blocks must lie in 1..{alias_blocks} (alias_blocks), got {feature_blocks}")
+        for name, part in (("distill_start", distill_start), ("distill_ramp", distill_ramp)):
+            if not 0 <= part <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {part}")
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
         if not 0 <= lr_hold <= 1:
@@ -167,6 +181,7 @@ class FVARTask(FiniteTask):
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
+        self.distill_plan = distill_start, distill_ramp
         self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
         self.initial_weights, self.compile_blocks = initial_weights, compile
@@ -205,6 +220,7 @@ class FVARTask(FiniteTask):
             teacher = HighFrequencyTeacher(
                 student,
                 alias_channels=self._alias_source.z_channels,
+                sharp_scales=0 if self.hparams["sharp_alias"] else self.vae.schedule.sharp_scales,
                 **options("alias_blocks", "alias_scales", "alias_context", "trunk"),
             )
         if self.compile_blocks:
@@ -310,12 +326,16 @@ class FVARTask(FiniteTask):
             alias = self._alias_source.encode(batch.views.alias) if self.teacher is not None else []
         return TokenBatch(structure, alias, batch.labels)
 
-    def losses(self, batch: TokenBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def losses(
+        self, batch: TokenBatch, generator: torch.Generator | None = None, distillation: float = 1.0
+    ) -> dict[str, Tensor]:
         """All terms, and their weighted sum as ``loss``; where a generator is given it draws which labels and which
         branches are dropped."""
-        return self.terms(self.step_inputs(batch, generator))
+        return self.terms(self.step_inputs(batch, generator, distillation))
 
-    def step_inputs(self, batch: TokenBatch, generator: torch.Generator | None = None) -> StepInputs:
+    def step_inputs(
+        self, batch: TokenBatch, generator: torch.Generator | None = None, distillation: float = 1.0
+    ) -> StepInputs:
         """What a step draws and looks up before the networks run."""
         labels, keep, alias = batch.labels, None, None
         if generator is not None:
@@ -325,11 +345,12 @@ class FVARTask(FiniteTask):
         if self.teacher is not None:
             alias = self._alias_source.codes(torch.cat(list(batch.alias), dim=1))
         targets = torch.cat(list(batch.structure), dim=1)
-        return StepInputs(labels, self.vae.var_inputs(batch.structure), targets, alias, keep)
+        factor = torch.full((), distillation, device=labels.device)
+        return StepInputs(labels, self.vae.var_inputs(batch.structure), targets, alias, keep, factor)
 
     def terms(self, step: StepInputs) -> dict[str, Tensor]:
         """The terms of `losses`: a function of tensors alone."""
-        labels, inputs, targets, alias, keep = step
+        labels, inputs, targets, alias, keep, distillation = step
         trace = self.student.trace(labels, inputs, keep)
         readout = self.student.readout(trace.hidden[-1], trace.condition)
         if self.teacher is None or alias is None:
@@ -342,20 +363,20 @@ class FVARTask(FiniteTask):
         terms["loss"] = (
             terms["student"]
             + self.teacher_loss_weight * terms["teacher"]
-            + self.feature_weight * terms["feature"]
-            + self.logit_weight * terms["logit"]
+            + distillation * (self.feature_weight * terms["feature"] + self.logit_weight * terms["logit"])
         )
         return terms
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
         """One step; logs every term as ``train/*``."""
         key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
-        terms = self.losses(self.tokens(batch), batch_generator(self.device, *key))
+        passed = self.global_step / training_steps(self.trainer)
+        terms = self.losses(self.tokens(batch), batch_generator(self.device, *key), ramp(passed, *self.distill_plan))
         self.report(terms, batch_idx)
         return terms["loss"]
 
     def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
-        """Log every term as ``val/*``."""
+        """Log every term as ``val/*``; the loss with the distillation at its full weights, at every step of a run."""
         terms = self.losses(self.tokens(batch))
         for name, value in terms.items():
             batch_size = len(batch.labels)

@@ -61,6 +61,13 @@ def training_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
+def ramp(passed: float, start: float, length: float) -> float:
+    """0 until the part `start` of a run has passed, then linearly to 1 within the part `length`."""
+    if passed < start:
+        return 0.0
+    return min((passed - start) / length, 1.0) if length > 0 else 1.0
+
+
 class WarmupLinear(LambdaLR):
     """Learning rate and weight decay over the steps of a run.
 

@@ -4,7 +4,8 @@ Legend: B batch, L tokens of all scales, l tokens of a chunk, C width, V codeboo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,36 @@ def token_losses(targets: Tensor, *networks: Readout) -> Tensor:
         Means over tokens, in float32 or better. One of the student's cross-entropy; or three of the student's, the
         teacher's, and KL(teacher || student), which reaches the student only.
     """
-    batch, length = targets.shape
-    size = max(CHUNK // batch, math.ceil(length / MOST_CHUNKS), 1)
-    chunks = zip(targets.split(size, dim=1), *(network.split(size) for network in networks), strict=True)
     sums = [
-        recomputed(_chunk_sums, tokens, *(x for readout in readouts for x in readout)) for tokens, *readouts in chunks
+        recomputed(_chunk_sums, tokens, *(x for readout in readouts for x in readout))
+        for tokens, *readouts in _chunks(targets, *networks)
     ]
     return torch.stack(sums).sum(0) / targets.numel()
+
+
+@torch.no_grad()
+def token_cross_entropy(targets: Tensor, network: Readout) -> Tensor:
+    """Cross-entropy of every token in nats, (B, L) in float32 or better; logits are made chunk by chunk.
+
+    Args:
+        targets: (B, L) tokens.
+        network: which predicts them.
+    """
+    chunks = _chunks(targets, network)
+    return torch.cat([-_log_probs(readout).gather(-1, tokens[..., None])[..., 0] for tokens, readout in chunks], dim=1)
+
+
+def _chunks(targets: Tensor, *networks: Readout) -> Iterator[tuple[Any, ...]]:
+    """Pieces of the targets, with the same pieces of every network."""
+    batch, length = targets.shape
+    size = max(CHUNK // batch, math.ceil(length / MOST_CHUNKS), 1)
+    return zip(targets.split(size, dim=1), *(network.split(size) for network in networks), strict=True)
+
+
+def _log_probs(readout: Readout) -> Tensor:
+    """(B, l, V) in float32 or better."""
+    logits = readout.logits()
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _chunk_sums(targets: Tensor, *tensors: Tensor) -> Tensor:
@@ -45,8 +69,7 @@ def _chunk_sums(targets: Tensor, *tensors: Tensor) -> Tensor:
     width = len(Readout._fields)
     tokens, log_probs = targets.flatten(), []
     for i in range(0, len(tensors), width):
-        logits = Readout(*tensors[i : i + width]).logits().flatten(0, 1)
-        log_probs.append(logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)))
+        log_probs.append(_log_probs(Readout(*tensors[i : i + width])).flatten(0, 1))
     sums = [F.nll_loss(x, tokens, reduction="sum") for x in log_probs]
     if len(log_probs) == 2:
         student, teacher = log_probs

@@ -1,11 +1,12 @@
 """HighFrequencyTeacher: the student's architecture with alias-gated cross-attention (paper section 3.5, eq. 9-10).
 
-Legend: B batch, S scales, L tokens of all scales, C width, V structure codebook, Z_a channels of the alias codebook.
+Legend: B batch, S scales, L tokens of all scales, L_a alias tokens that are read, C width, V structure codebook, Z_a
+channels of the alias codebook.
 """
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from fvar_lightning.activations import recomputed
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.transformer.layers import AdaLNBlock, merged
-from fvar_lightning.transformer.var import VAR, Readout, Trace
+from fvar_lightning.transformer.var import VAR, Condition, Readout, Trace
+
+Trunk = Literal["shared", "detached", "separate"]
 
 
 class TeacherOutput(NamedTuple):
@@ -25,6 +28,15 @@ class TeacherOutput(NamedTuple):
     """Outputs of the alias-gated blocks, one (B, L, C) for each."""
     readout: Readout
     """What makes logits of the last of them."""
+
+
+class Reading(NamedTuple):
+    """What a scale reads."""
+
+    tokens: slice
+    """Where the scale's tokens lie."""
+    seen: slice
+    """Where the alias tokens lie that they see."""
 
 
 class AliasGatedCrossAttention(nn.Module):
@@ -45,26 +57,20 @@ class AliasGatedCrossAttention(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Tensor, alias: Tensor, slices: Sequence[slice], *, causal: bool, scales: int) -> Tensor:
-        """(B, L, C) tokens and (B, L, C) alias tokens -> (B, L, C).
+    def forward(self, x: Tensor, alias: Tensor, reads: Sequence[Reading]) -> Tensor:
+        """(B, L, C) tokens and (B, L_a, C) alias tokens -> (B, L, C).
 
         Args:
-            slices: where every scale's tokens lie.
-            causal: read the alias tokens of earlier scales too, not only of the own one.
-            scales: how many of the last scales read any.
+            reads: scales one after the other; the tokens of others stay as they are.
         """
         h = self.norm_x(x)
         q = rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads)
         k, v = rearrange(self.kv(self.norm_alias(alias)), "b l (two h d) -> two b h l d", two=2, h=self.heads)
-        reading = slices[len(slices) - scales :]
-        read = []
-        for s in reading:
-            seen = slice(0 if causal else s.start, s.stop)
-            read.append(F.scaled_dot_product_attention(q[:, :, s], k[:, :, seen], v[:, :, seen]))
-        first = reading[0].start
+        read = [F.scaled_dot_product_attention(q[:, :, tokens], k[:, :, seen], v[:, :, seen]) for tokens, seen in reads]
+        first, last = reads[0].tokens.start, reads[-1].tokens.stop
         cross = self.proj(merged(read))
-        alpha = torch.sigmoid(self.gate(torch.cat((h[:, first:], cross), dim=-1)))
-        return torch.cat((x[:, :first], x[:, first:] + alpha * cross), dim=1)
+        alpha = torch.sigmoid(self.gate(torch.cat((h[:, first:last], cross), dim=-1)))
+        return torch.cat((x[:, :first], x[:, first:last] + alpha * cross, x[:, last:]), dim=1)
 
 
 class AliasBlock(nn.Module):
@@ -81,19 +87,18 @@ class AliasBlock(nn.Module):
         condition: Tensor,
         alias: Tensor,
         slices: Sequence[slice],
+        reads: Sequence[Reading],
         keep: Tensor | None = None,
         *,
-        causal: bool,
-        scales: int,
         recompute: bool = False,
     ) -> Tensor:
         """(B, L, C) -> (B, L, C); the arguments of `AdaLNBlock` and of `AliasGatedCrossAttention`."""
         if recompute:
-            return recomputed(self.forward, x, condition, alias, slices, keep, causal=causal, scales=scales)
+            return recomputed(self.forward, x, condition, alias, slices, reads, keep)
         block = self.block
         modulation = block.modulation(condition, keep)
         x = block.attend(x, modulation, lambda h: block.attn(h, slices))
-        x = self.cross(x, alias, slices, causal=causal, scales=scales)
+        x = self.cross(x, alias, reads)
         return block.feed(x, modulation)
 
 
@@ -110,7 +115,10 @@ class HighFrequencyTeacher(nn.Module):
         alias_scales: how many of the last scales read them; ``None``: all.
         alias_context: ``causal``: alias tokens of the own scale and earlier ones; ``own_scale``: eq. 9 to the letter.
         trunk: ``shared``: only the last `alias_blocks` blocks are doubled, the student's others and its head serve
-            both; ``separate``: a whole second network.
+            both; ``detached``: the same, but no gradient of the teacher's reaches what is the student's; ``separate``:
+            a whole second network.
+        sharp_scales: how many of the last scales have a view without blur, and so an alias residual of zeros: nobody
+            reads their tokens.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -124,7 +132,8 @@ class HighFrequencyTeacher(nn.Module):
         alias_blocks: int = 2,
         alias_scales: int | None = None,
         alias_context: Literal["causal", "own_scale"] = "causal",
-        trunk: Literal["shared", "separate"] = "shared",
+        trunk: Trunk = "shared",
+        sharp_scales: int = 0,
     ) -> None:
         super().__init__()
         layout: FocusSchedule = student.layout
@@ -135,10 +144,21 @@ class HighFrequencyTeacher(nn.Module):
             raise ValueError(f"alias_scales must lie in 1..{layout.num_scales}, got {alias_scales}")
         if alias_context not in ("causal", "own_scale"):
             raise ValueError(f"alias_context must be 'causal' or 'own_scale', got {alias_context!r}")
-        if trunk not in ("shared", "separate"):
-            raise ValueError(f"trunk must be 'shared' or 'separate', got {trunk!r}")
-        self.layout = layout
-        self.alias_scales, self.causal = alias_scales, alias_context == "causal"
+        if trunk not in get_args(Trunk):
+            raise ValueError(f"trunk must be one of {get_args(Trunk)}, got {trunk!r}")
+        if not 0 <= sharp_scales < layout.num_scales:
+            raise ValueError(
+                f"sharp_scales must lie in 0..{layout.num_scales - 1}, got {sharp_scales}: where no view is blurred, "
+                "no alias residual is left for a teacher"
+            )
+        self.layout, self.detached = layout, trunk == "detached"
+        self.alias_length = layout.slices[layout.num_scales - 1 - sharp_scales].stop
+        self.reads = _reads(layout.slices[-alias_scales:], self.alias_length, causal=alias_context == "causal")
+        if not self.reads:
+            raise ValueError(
+                f"alias_scales must be more than the {sharp_scales} sharp scales, which have no alias tokens of their "
+                f"own, got {alias_scales}"
+            )
         self.first = student.depth - alias_blocks
         self.blocks = nn.ModuleList(
             AliasBlock(block, student.width, student.heads)  # type: ignore[arg-type]
@@ -173,11 +193,14 @@ class HighFrequencyTeacher(nn.Module):
         """
         if self.network is None:
             network, condition, x = student, trace.condition, trace.hidden[self.first]
+            if self.detached:
+                condition, x = Condition(*(part.detach() for part in condition)), x.detach()
         else:
             network = self.network
             condition = network.condition(labels)
             x = network.run(network.embed(condition, inputs), condition, keep)[-1]
-        alias = self.alias_embed(alias) + self.alias_positions + self.alias_levels(self.level_ids)
+        n = self.alias_length
+        alias = self.alias_embed(alias[:, :n]) + self.alias_positions[:, :n] + self.alias_levels(self.level_ids[:n])
         hidden = []
         for i, block in enumerate(self.blocks, start=self.first):
             kept = None if keep is None else keep[i]
@@ -186,10 +209,19 @@ class HighFrequencyTeacher(nn.Module):
                 condition.for_blocks,
                 alias,
                 self.layout.slices,
+                self.reads,
                 kept,
-                causal=self.causal,
-                scales=self.alias_scales,
                 recompute=network.recompute,
             )
             hidden.append(x)
-        return TeacherOutput(hidden, network.readout(x, condition))
+        readout = network.readout(x, condition)
+        if self.detached:
+            readout = Readout(x, *(part.detach() for part in readout[1:]))
+        return TeacherOutput(hidden, readout)
+
+
+def _reads(slices: Sequence[slice], alias_length: int, *, causal: bool) -> list[Reading]:
+    """Of scales whose tokens lie there: the alias tokens of their own and, if causal, of earlier ones, up to the last
+    that there is; scales without any read nothing."""
+    seen = [slice(0 if causal else s.start, min(s.stop, alias_length)) for s in slices]
+    return [Reading(tokens, alias) for tokens, alias in zip(slices, seen, strict=True) if alias.start < alias.stop]

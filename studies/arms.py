@@ -1,0 +1,86 @@
+"""What the ablation compares. A new arm is a line in `ARMS`, and one in `TOKENS` or `OPTICS` if it has other tokens."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fvar_lightning.cli import configs
+
+OPTICS: dict[str, list[str]] = {
+    "disk": [],
+    "none": ["--data.psf=none"],
+    "gaussian": ["--data.psf=gaussian"],
+    "lanczos": ["--data.psf=lanczos"],
+    "nyquist": [
+        "--data.schedule.schedule=nyquist",
+        "--data.schedule.max_radius=null",
+        "--data.schedule.focus_states=6",
+    ],
+    "per_scale": ["--data.schedule.focus_states=6"],
+}
+"""Views, and with them alias residuals: arguments of all stages that read images."""
+
+TOKENS: dict[str, tuple[str, list[str]]] = {
+    "view": ("disk", []),
+    "full": ("disk", ["--model.targets=full"]),
+    "feature": ("disk", ["--model.targets=feature"]),
+    "unfocused": ("none", []),
+    "gaussian": ("gaussian", []),
+    "lanczos": ("lanczos", []),
+    "nyquist": ("nyquist", []),
+    "per_scale": ("per_scale", []),
+}
+"""Structure tokenizers: their optics and arguments of their stage."""
+
+
+def override(name: str) -> str:
+    """A configuration of `configs/ablation`, as an argument."""
+    return f"--config={configs() / 'ablation' / f'{name}.yaml'}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table."""
+
+    tokens: str = "view"
+    """In `TOKENS`."""
+    alias: Literal["own", "structure", "none"] = "own"
+    """What makes alias tokens: the alias tokenizer, the structure tokenizer, or nothing."""
+    arguments: tuple[str, ...] = ()
+    """Of stage 2."""
+    task: str = "FVARTask"
+    """Class of stage 2."""
+
+
+ALONE = (override("no_teacher"),)
+
+PAPER = {
+    "var": Arm("feature", "none", ALONE),
+    "next_focus": Arm(arguments=ALONE),
+    "fvar": Arm(),
+    "no_refocusing": Arm("unfocused", "none", ALONE),
+    "gaussian": Arm("gaussian"),
+    "no_dual": Arm(alias="structure"),
+}
+"""The rows of the paper's Table 3: the baseline, next-focus tokens alone, everything, and everything without a part."""
+
+CONTROLS = {
+    "shuffled_alias": Arm(task="controls.ShuffledAlias"),
+    "self_distilled": Arm(task="controls.SelfDistilled"),
+    "undistilled": Arm(arguments=(override("no_distillation"),)),
+    "detached": Arm(arguments=(override("detached_trunk"),)),
+}
+"""What else could help: a second loss without the image's alias, an average of the student, the teacher's loss on the
+shared trunk alone; or hinder: that loss."""
+
+OURS = {
+    "late": Arm(arguments=(override("late_distillation"),)),
+    "late_detached": Arm(arguments=(override("detached_trunk"), override("late_distillation"))),
+    "sharp_alias": Arm(arguments=(override("sharp_alias"),)),
+    "lanczos": Arm("lanczos"),
+    "nyquist": Arm("nyquist"),
+    "per_scale": Arm("per_scale"),
+    "full": Arm("full"),
+    "full_alone": Arm("full", arguments=ALONE),
+}
+
+ARMS = PAPER | CONTROLS | OURS

@@ -1,0 +1,55 @@
+"""Tables of figures over seeds."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from fvar_lightning.atomic import replacing
+
+Figures = Mapping[int, Mapping[str, float]]
+"""The figures of every seed."""
+
+
+def values(found: Figures, figure: str) -> list[float]:
+    """Of the seeds that have it."""
+    return [figures[figure] for figures in found.values() if figure in figures]
+
+
+def spread(found: Sequence[float]) -> str:
+    """Mean, standard deviation, and of how many."""
+    if not found:
+        return "-"
+    deviation = f" ± {stdev(found):.2g}" if len(found) > 1 else ""
+    return f"{mean(found):.4g}{deviation} ({len(found)})"
+
+
+def differences(found: Figures, baseline: Figures, figure: str) -> list[float]:
+    """To the baseline, seed by seed, where both have it."""
+    both = [seed for seed in found if seed in baseline and figure in found[seed] and figure in baseline[seed]]
+    return [found[seed][figure] - baseline[seed][figure] for seed in both]
+
+
+def paired(found: Sequence[float]) -> str:
+    """Mean of differences, its standard error, and of how many; bold beyond twice the error."""
+    if not found:
+        return "-"
+    if len(found) == 1:
+        return f"{found[0]:+.3g} (1)"
+    middle, error = mean(found), stdev(found) / len(found) ** 0.5
+    text = f"{middle:+.3g} ± {error:.2g}"
+    return f"{f'**{text}**' if abs(middle) > 2 * error else text} ({len(found)})"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Whole or not at all."""
+    with replacing(path) as beside, beside.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows(rows)
