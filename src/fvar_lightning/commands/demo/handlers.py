@@ -182,7 +182,7 @@ def fill(
     name = None if label is None else spelled(label, ready.info.class_names)
     files = {"image": "photograph.png", "mask": None if mask is None else "mask.png"}
     texts = {"class": name, "weights_sha256": ready.weights_sha256, **settings}
-    return _picture(made[0], about(texts, command_again(name, margins, files | settings)))
+    return _picture(made[0], about(texts, command_again(name, margins if any(margins) else (0,), files | settings)))
 
 
 def focus_pyramid(picture: Image.Image | None, schedule: FocusSchedule, psf: str, gain: float) -> Image.Image:

@@ -1,15 +1,18 @@
-"""The demo's page, served: what a visitor may send, and what may leave this machine."""
+"""The demo's page, served to visitors within limits."""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import gradio as gr
+from PIL import Image
 from starlette.middleware import Middleware
 
-from fvar_lightning.commands.demo.page import STYLE, make_page
+from fvar_lightning.commands.demo.guard import Guard
+from fvar_lightning.commands.demo.handlers import LARGEST_PIXELS
+from fvar_lightning.commands.demo.page import make_page
+from fvar_lightning.commands.demo.parts import STYLE
 from fvar_lightning.commands.model import ReadyModel
 
 LARGEST_FILE = "20mb"
@@ -17,24 +20,6 @@ WAITING = 32
 """Requests in the queue; further ones are refused."""
 VISITORS = 200
 """Whose last image and photographs are kept at once."""
-
-POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
-"""The page loads nothing from other hosts."""
-
-
-class OwnHost:
-    """ASGI middleware: pages are told to load nothing from other hosts, and none is fetched for a visitor."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
 
 
 @contextmanager
@@ -54,6 +39,7 @@ def served(models: Mapping[str, ReadyModel], host: str, port: int) -> Iterator[g
     with TemporaryDirectory(prefix="fvar-demo-") as folder:
         # read by Gradio when it makes a page
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        Image.MAX_IMAGE_PIXELS = LARGEST_PIXELS  # of what Gradio decodes, too
         page = make_page(models)
         page.queue(max_size=WAITING, api_open=False)
         try:
@@ -70,7 +56,7 @@ def served(models: Mapping[str, ReadyModel], host: str, port: int) -> Iterator[g
                 mcp_server=False,
                 enable_monitoring=False,
                 css=STYLE,
-                app_kwargs={"middleware": [Middleware(OwnHost)], "docs_url": None, "redoc_url": None},
+                app_kwargs={"middleware": [Middleware(Guard)], "openapi_url": None},
             )
         except OSError as error:
             raise ValueError(f"port {port} of host {host!r} cannot be listened on: {error}") from error
