@@ -42,8 +42,9 @@ class Generation(NamedTuple):
     model: str
     """Its name on the page."""
     label: int
+    seed: int
     settings: dict[str, Any]
-    """The model's, the sampling's, and the seed."""
+    """The model's and the sampling's."""
     stages: list[Tensor]
     """f_hat after every scale: S tensors (1, Z, h, w) on the CPU."""
 
@@ -61,7 +62,7 @@ def sample_image(
     labels = torch.tensor([_check_label(ready, label)], device=ready.device)
     stages = sample(ready.var, ready.vae, labels, seeds=[seed], **drawing)
     kept = [f_hat.cpu() for f_hat in progress(stages)]
-    return Generation(name, int(labels), ready.settings | drawing | {"seed": seed}, kept)
+    return Generation(name, int(labels), seed, ready.settings | drawing, kept)
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def focused(ready: ReadyModel, made: Generation, focus: float) -> Image.Image:
         ValueError: if the radius is not in 0..the schedule's largest.
     """
     f_hat = refocused((stage.to(ready.device) for stage in made.stages), ready.vae.schedule, focus)
-    texts = about_one(ready, made.label, made.settings | {"focus": float(focus)})
+    texts = about_one(ready, made.label, made.settings | {"focus": float(focus), "seed": made.seed})
     return _picture(ready.vae.image(f_hat)[0], texts)
 
 

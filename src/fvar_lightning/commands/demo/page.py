@@ -113,11 +113,11 @@ def inpaint_tab(visit: Visit) -> Tab:
             upload, take = parts.sources()
             canvas = parts.canvas()
         with gr.Column(min_width=320):
-            image = parts.picture("Result", "result", 520)
+            image = parts.picture("Result", "result", 480)
     wishes, button = parts.wish_list(visit.first, "Fill in", classless=True)
     command = parts.command()
     with gr.Accordion("The files it names", open=False), gr.Row():
-        files = [parts.picture(f"{name}.png", name, 200) for name in ("photograph", "mask")]
+        files = [parts.picture(f"{name}.png", "file", 200) for name in ("photograph", "mask")]
 
     def prepare(name: str, picture: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
         fitted = handlers.middle(picture, visit.models[name].vae.schedule.image_size)
@@ -161,7 +161,7 @@ def outpaint_tab(visit: Visit) -> Tab:
             with gr.Row():
                 margins += parts.margins(visit.first, *SIDES[2:])
         with gr.Column(min_width=320):
-            image = parts.picture("Result", "result", 520)
+            image = parts.picture("Result", "result", 480)
     wishes, button = parts.wish_list(visit.first, "Extend", classless=True)
     command = parts.command()
 

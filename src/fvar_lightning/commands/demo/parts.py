@@ -14,8 +14,9 @@ NO_CLASS = -1
 PSFS = ["disk", "gaussian", "polygon", "lanczos"]
 OF_PAPER, OF_MODEL = "the paper's, 256 px", "the model's"
 STYLE = """
-.pixels img {image-rendering: pixelated}
-.pixels img, .wide img {width: 100%; height: 100%; object-fit: contain}
+.shown img {width: 100%; height: 100%; object-fit: contain}
+.result img, .file img {image-rendering: pixelated}
+.wide img {padding-top: 28px}
 """
 QUICK: dict[str, Any] = {"concurrency_id": "showing", "concurrency_limit": 1, "api_visibility": "private"}
 """Of events that do not sample."""
@@ -134,7 +135,7 @@ def canvas() -> gr.ImageEditor:
         eraser=gr.Eraser(32),
         canvas_size=(512, 512),
         placeholder="Upload a photograph",
-        height=480,
+        height=440,
         elem_id="canvas",
     )
 
@@ -148,7 +149,7 @@ def picture(label: str, name: str, height: int) -> gr.Image:
         interactive=False,
         height=height,
         buttons=["download"],
-        elem_classes=["pixels", name],
+        elem_classes=["shown", name],
     )
 
 
@@ -161,7 +162,7 @@ def wide_picture(name: str) -> gr.Image:
         interactive=False,
         buttons=["download", "fullscreen"],
         elem_id=name,
-        elem_classes="wide",
+        elem_classes=["shown", "wide"],
     )
 
 
