@@ -281,7 +281,7 @@ def _telling(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return handler(*args)
         except ValueError as error:
-            raise gr.Error(str(error), title="Not accepted", print_exception=False) from error
+            raise gr.Error(str(error), print_exception=False) from error
 
     return told
 
