@@ -271,8 +271,20 @@ class Visitor:
 
 
 @pytest.fixture
-def visitor(page: Served, driver: Any) -> Visitor:
-    return Visitor(driver, page.url)
+def visitors(page: Served, driver: Any) -> Iterator[list[Visitor]]:
+    """Two, in windows that are closed afterwards: a browser opens six connections to a host and no more."""
+    first = driver.current_window_handle
+    both = [Visitor(driver, page.url) for _ in range(2)]
+    yield both
+    for visitor in both:
+        visitor.look()
+        driver.close()
+    driver.switch_to.window(first)
+
+
+@pytest.fixture
+def visitor(visitors: list[Visitor]) -> Visitor:
+    return visitors[1]
 
 
 @pytest.mark.slow
@@ -282,7 +294,7 @@ def test_class_image_focus_scales(page: Served, visitor: Visitor, driver: Any) -
     visitor.choose(".class", "ein Käfer")
     image = visitor.new_picture(".result", lambda: visitor.click("button.make"))
     assert np.array_equal(image, expected(2))
-    assert visitor.new_picture("#scales", lambda: None).shape[1] == 12 + 3 * 132
+    assert visitor.shown("#scales")[0].shape[1] == 12 + 3 * 132
     command = visitor.one(".command textarea")
     assert "--classes 'ein Käfer' --count 1" in command.get_attribute("value")
     steps = page.steps
@@ -353,10 +365,10 @@ def test_the_pyramid_of_a_photograph(visitor: Visitor, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_visitors_see_their_own(page: Served, driver: Any) -> None:
+def test_two_visitors_see_their_own(page: Served, visitors: list[Visitor]) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    one, two = Visitor(driver, page.url), Visitor(driver, page.url)
+    one, two = visitors
     one.look()
     one.choose(".class", "dog")
     assert np.array_equal(one.new_picture(".result", lambda: one.click("button.make")), expected(1))
