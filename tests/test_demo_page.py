@@ -4,12 +4,15 @@ import io
 import json
 import re
 import shutil
+import signal
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fvar_lightning.__main__ import run
 from fvar_lightning.commands.model import ModelOptions, ReadyModel
 from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.generation.editing import edit
@@ -177,6 +181,39 @@ def test_a_port_that_is_taken(page: Served) -> None:
         page.models, "127.0.0.1", port
     ):  # fmt: skip
         pass
+
+
+def test_the_command(
+    page: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fvar_lightning.commands.demo import server
+
+    calls: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def recorded(*arguments: Any) -> Iterator[Any]:
+        calls.append(arguments)
+        yield SimpleNamespace(local_url=page.url, block_thread=lambda: None)
+
+    monkeypatch.setattr(server, "served", recorded)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        for name in MODELS:
+            save_pretrained(tmp_path / name, tiny_var(), edit_vae())
+        models = [str(tmp_path / name) for name in MODELS]
+        run(["demo", "--model", *models, "--precision", "bfloat16"])
+        run(["demo", "--model", models[0], "--host", "0.0.0.0", "--port", "8001"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    (several, host, port), (single, *elsewhere) = calls
+    assert (list(several), host, port) == (models, "127.0.0.1", 7860)
+    assert several[models[1]].settings["precision"] == "bfloat16"
+    assert (list(single), elsewhere) == (models[:1], ["0.0.0.0", 8001])
+    assert f"the demo is at {page.url}" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run(["demo"])
+    assert "checkpoint 'quickstart/fvar/last.ckpt' does not exist" in capsys.readouterr().err
 
 
 # In a browser

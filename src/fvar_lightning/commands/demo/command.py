@@ -1,5 +1,6 @@
 """`fvar demo`: a page in the browser to generate, refocus and edit with a trained model."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ def demo(model: ModelOptions, models: Sequence[str], host: str = "127.0.0.1", po
     except ImportError as error:
         raise ImportError("the demo needs the extra `app`: pip install 'fvar-lightning[app]'") from error
     with served({name: replace(model, model=name).load() for name in models}, host, port) as page:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and leaves no file
         print(f"the demo is at {page.local_url}; Ctrl-C ends it", flush=True)
         page.block_thread()
 
