@@ -5,6 +5,7 @@ import sys
 COMMANDS = {
     "generate": "images of classes, with a trained model",
     "edit": "new content in a picture, with a trained model",
+    "demo": "a page in the browser to play with a trained model",
     "export": "a trained model in a form to use or publish",
     "plan": "parameters, work, memory and time of a configuration, before it is run",
     "quickstart": "all stages, small, on the photographs bundled with scikit-image",
@@ -29,6 +30,10 @@ def run(args: list[str] | None = None) -> None:
         from fvar_lightning.commands.edit import edit_command
 
         edit_command(args[1:])
+    elif command == "demo":
+        from fvar_lightning.commands.demo.command import demo_command
+
+        demo_command(args[1:])
     elif command == "export":
         from fvar_lightning.weights.export import export_command
 

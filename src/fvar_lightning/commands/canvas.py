@@ -38,10 +38,6 @@ def make_canvas(image: str, mask: str | None, margins: tuple[int, int, int, int]
     Raises:
         ValueError: if a file cannot be read, the mask does not fit, no pixel is hole, or the margins leave no room.
     """
-    left, right, top, bottom = margins
-    room = size - left - right, size - top - bottom
-    if min(margins) < 0 or min(room) < 1:
-        raise ValueError(f"outpaint must be pixels from 0 that leave room in {size} x {size} px, got {list(margins)}")
     photograph = _open("image", image)
     if mask is None and photograph.has_transparency_data:
         photograph = photograph.convert("RGBA")  # resizing leaves out the colours of what is transparent
@@ -49,6 +45,15 @@ def make_canvas(image: str, mask: str | None, margins: tuple[int, int, int, int]
     else:
         photograph = to_rgb(photograph)
         holes = Image.new("L", photograph.size) if mask is None else _white(_open("mask", mask), photograph.size)
+    return fit_canvas(photograph, holes, margins, size)
+
+
+def fit_canvas(photograph: Image.Image, holes: Image.Image, margins: tuple[int, int, int, int], size: int) -> Canvas:
+    """`make_canvas` of an RGB or RGBA picture and a grey one of its proportions, white where new content goes."""
+    left, right, top, bottom = margins
+    room = size - left - right, size - top - bottom
+    if min(margins) < 0 or min(room) < 1:
+        raise ValueError(f"outpaint must be pixels from 0 that leave room in {size} x {size} px, got {list(margins)}")
     resized = ImageOps.fit(photograph, room, Image.Resampling.LANCZOS).convert("RGB")
     square = to_unit_range(to_tensor(resized)[None])
     # a pixel is new if any part of it is

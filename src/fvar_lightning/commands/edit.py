@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -74,13 +75,24 @@ def edit_image(
         )
     files = {"image": image, "mask": mask}
     settings = ready.settings | drawing | {"seed": seed}
-    chosen = [] if name is None else ["--class", spelled(label, names)]
-    command = ["fvar", "edit", *chosen, "--outpaint", *map(str, outpaint), *words(files | settings)]
+    command = command_again(None if name is None else spelled(label, names), outpaint, files | settings)
     hashes = {f"{kind}_sha256": file_sha256(file) for kind, file in files.items() if file is not None}
     hashes["weights_sha256"] = ready.weights_sha256
     texts = {"class": None if name is None else names[label], **files, **hashes, **settings}
     write_png(made[0], target, about(texts, command))
     print(f"wrote {target}")
+
+
+def command_again(name: str | None, outpaint: Sequence[int], options: dict[str, Any]) -> list[str]:
+    """The command that makes an edited picture again.
+
+    Args:
+        name: of the class, as `spelled`; None: without one.
+        outpaint: one number, or four.
+        options: the others, by name.
+    """
+    chosen = [] if name is None else ["--class", name]
+    return ["fvar", "edit", *chosen, "--outpaint", *map(str, outpaint), *words(options)]
 
 
 def edit_command(args: list[str]) -> None:

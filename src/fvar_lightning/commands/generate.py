@@ -65,20 +65,16 @@ def generate_images(
 
     drawing = sampling.over(ready.info.sampling)
     settings = ready.settings | drawing | {"focus": focus, "seed": seed}
-    made_of = {"weights_sha256": ready.weights_sha256}
     rows: list[list[Tensor]] = [[] for _ in found[:SHEET_IMAGES]]
     row = max(SHEET_IMAGES // len(found), 1)
     size = batch_size or max(TOKENS_AT_ONCE // ready.var.layout.length, 1)
     for i, image in enumerate(_made(ready, labels, seed, size, focus=focus, **drawing)):
-        own = settings | {"seed": seed + i}
-        command = [*COMMAND, spelled(labels[i], names), "--count", "1", *words(own)]
-        texts = {"class": names[labels[i]], "label": labels[i], **made_of, **own}
-        write_png(image, files[i], about(texts, command))
+        write_png(image, files[i], about_one(ready, labels[i], settings | {"seed": seed + i}))
         if i // count < len(rows) and i % count < row:
             rows[i // count].append(image)
     command = [*COMMAND, *(spelled(label, names) for label in found), "--count", str(count), *words(settings)]
     picture = contact_sheet(rows, [names[label] for label in found[: len(rows)]])
-    save_png(picture, sheet, about(made_of | settings, command))
+    save_png(picture, sheet, about({"weights_sha256": ready.weights_sha256} | settings, command))
     print(f"wrote {len(files)} image{'s' * (len(files) > 1)} and {sheet}")
 
 
@@ -95,6 +91,20 @@ def _made(
             yield from generate(
                 ready.var, ready.vae, part, seeds=seeds, focus=focus, progress=progress, **drawing
             ).cpu()
+
+
+def about_one(ready: ReadyModel, label: int, settings: dict[str, Any]) -> dict[str, str]:
+    """Text for the file of one image.
+
+    Args:
+        ready: the model.
+        label: class of the image.
+        settings: the model's, the sampling's, focus and seed.
+    """
+    names = ready.info.class_names
+    command = [*COMMAND, spelled(label, names), "--count", "1", *words(settings)]
+    made_of = {"class": names[label], "label": label, "weights_sha256": ready.weights_sha256}
+    return about(made_of | settings, command)
 
 
 def _safe(name: str) -> str:
