@@ -47,7 +47,8 @@ class TokenizerTask(Stage1Task):
         l1_weight: of the mean absolute error of the pixels.
         l2_weight: of the mean squared error of the pixels.
         vq_weight: of the codebook and commitment loss.
-        perceptual: network of the perceptual loss, ``none``, ``lpips`` or ``efficientnet_lite1``, see `perceptual_loss`.
+        perceptual: network of the perceptual loss: ``none``, ``lpips`` or ``efficientnet_lite1``; see
+            `perceptual_loss`.
         perceptual_weight: of the perceptual loss.
         texture_weight: of the loss on the local contrast of fine detail (`texture_loss`); 0: none.
         adversarial_weight: of the discriminator's opinion, on top of the adaptive weight; 0: none.
