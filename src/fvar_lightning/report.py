@@ -210,7 +210,7 @@ fvar export --ckpt_path {model} --output model
 
 def tables(curves: Mapping[str, Curves], seconds: Mapping[str, float]) -> list[str]:
     """First and last value of every figure."""
-    lines = []
+    lines = [""]
     for stage, found in curves.items():
         lines += [
             f"## {stage} ({seconds.get(stage, 0):.0f} s)",
