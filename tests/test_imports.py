@@ -12,8 +12,8 @@ import fvar_lightning.metrics
 
 PACKAGE = Path(fvar_lightning.__file__).parent
 ROOMS = ("atomic", "activations", "precision", "schedule", "optics", "data", "tokenizer", "transformer",
-         "generation", "weights", "metrics", "tasks", "callbacks", "commands", "cli", "planning", "quickstart",
-         "__main__")  # fmt: skip
+         "generation", "weights", "metrics", "tasks", "callbacks", "commands", "cli", "planning", "report",
+         "quickstart", "__main__")  # fmt: skip
 """Every room imports itself and those before it."""
 LIGHTNING = {"data/modules.py", "data/token_module.py", "data/loaders.py", "tasks", "callbacks", "commands", "cli.py",
              "planning", "quickstart.py"}  # fmt: skip

@@ -1,12 +1,18 @@
 """`fvar quickstart`: any number of images, and going on in the same folder."""
 
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from jsonargparse import capture_parser
 from PIL import Image
 
-from fvar_lightning.quickstart import loss_curves, quickstart
+from fvar_lightning.__main__ import run
+from fvar_lightning.callbacks.remaining import RemainingTime
+from fvar_lightning.quickstart import quickstart
+from fvar_lightning.report import loss_curves, loss_panels, tokenizer_panels, what_it_says, what_next
 from fvar_lightning.tasks.fvar import FVARTask
 from test_token_cache import file_limit
 
@@ -26,6 +32,80 @@ def test_losses_of_validation_are_drawn_beside_those_of_training() -> None:
     assert set(loss_curves(found)) == {"train/loss", "val/loss", "train/vq"}
 
 
+CURVES = {
+    "structure": {"train/loss": [(9, 2.0)], "val/psnr": [(9, 14.0), (19, 18.34)], "val/usage/all": [(19, 0.82)]},
+    "alias": {"val/snr/1x1": [(19, 3.0)], "val/snr/2x2": [(19, 3.02)], "val/usage/all": [(19, 0.61)]},
+    "fvar": {
+        "train/student": [(9, 5.5)],
+        "train/feature": [(9, 1e-3)],
+        "train/logit": [(9, 1e-4)],
+        "val/student": [(9, 5.0), (19, 4.5)],
+        "val/teacher": [(19, 4.46)],
+        "val/feature": [(19, 1e-3)],
+    },
+}
+
+
+def test_distillation_has_an_axis_of_its_own() -> None:
+    panels = loss_panels(CURVES)
+    assert set(panels["teacher and student"]) == {"train/student", "val/student"}
+    assert set(panels["distillation"]) == {"train/feature", "train/logit", "val/feature"}
+    without = {**CURVES, "fvar": {"train/student": [(9, 5.5)]}}
+    assert "distillation" not in loss_panels(without)
+
+
+def test_usage_and_signal_to_noise_are_drawn_of_both_tokenizers() -> None:
+    panels = tokenizer_panels(CURVES)
+    assert panels["alias tokenizer: codes in use"] == {"all": [(19, 0.61)]}
+    assert set(panels["alias tokenizer: signal-to-noise ratio, dB"]) == {"1x1", "2x2"}
+    assert panels["structure tokenizer: PSNR, dB"] == {"all": CURVES["structure"]["val/psnr"]}
+
+
+def test_the_report_tells_the_figures_of_the_run() -> None:
+    said = "\n".join(what_it_says(CURVES, 512))
+    # 3.01 dB are half the power; ln 512 = 6.24; exp(4.5) = 90
+    for figure in ("18.3 dB", "82%", "61%", "50% of the residual's power", "4.50 nats", "6.24", "among 90 codes",
+                   "+0.040 nats"):  # fmt: skip
+        assert figure in said
+    assert "by heart" not in said
+    rising = {**CURVES, "fvar": {"val/student": [(9, 4.2), (19, 4.5)]}}
+    assert "lower at step 9 (4.20) than at step 19" in "\n".join(what_it_says(rising, 512))
+    # a run too short for codes
+    nothing = {"structure": {"val/usage/all": [(1, float("nan"))]}, "alias": {}, "fvar": {}}
+    assert what_it_says(nothing, 512) == []
+
+
+def test_the_report_names_commands_that_are_there() -> None:
+    said = "\n".join(what_next(Path("my run"), "tabby cat", ["fvar", "quickstart", "--effort", "4"]))
+    assert "--model 'my run/fvar/last.ckpt' --classes 'tabby cat'" in said
+    lines = [shlex.split(line) for line in said.splitlines() if line.startswith("fvar ")]
+    assert {line[1] for line in lines} == {"generate", "edit", "quickstart", "export"}
+    for line in lines:
+        known = {name for action in capture_parser(run, [line[1]])._actions for name in action.option_strings}
+        assert {word for word in line if word.startswith("--")} <= known
+
+
+def test_remaining_time_goes_by_the_measured_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that take three times what is expected of them triple what is left; a resumed stage counts its own."""
+    now, logged = [0.0], {}
+    monkeypatch.setattr("fvar_lightning.callbacks.remaining.perf_counter", lambda: now[0])
+    task = SimpleNamespace(log=lambda name, value, **_: logged.update({name: value}))
+    trainer = SimpleNamespace(global_step=50, max_steps=100)
+    clock = RemainingTime({"first": 600.0, "between": 60.0, "last": 300.0})
+    assert clock.begin("first") == "about 16 min left"
+    clock.on_train_start(trainer, task)
+    trainer.global_step, now[0] = 51, 18.0  # too early to tell
+    clock.on_train_batch_end(trainer, task)
+    assert logged["minutes_left"] == pytest.approx((600 * 0.49 + 360) / 60)
+    trainer.global_step, now[0] = 60, 180.0
+    clock.on_train_batch_end(trainer, task)
+    assert logged["minutes_left"] == pytest.approx(3 * (600 * 0.4 + 360) / 60)
+    trainer.global_step, now[0] = 100, 900.0
+    clock.on_train_end(trainer, task)
+    assert clock.begin("between") == "about 18 min left"
+    assert clock.begin("last") == "about 15 min left"
+
+
 @pytest.mark.slow
 def test_three_thousand_images_with_256_files(tmp_path: Path) -> None:
     with file_limit(256):
@@ -34,7 +114,7 @@ def test_three_thousand_images_with_256_files(tmp_path: Path) -> None:
     for name in ("student", "teacher", "feature", "logit", "loss"):
         assert f"val/{name}" in report
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == {
-        "pyramid", "reconstructions", "samples", "losses"
+        "pyramid", "reconstructions", "samples", "losses", "tokenizers"
     }  # fmt: skip
 
 

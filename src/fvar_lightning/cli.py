@@ -3,11 +3,12 @@
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -151,12 +152,15 @@ UPSTREAM_NOISE = (
 )
 
 
-def main(args: list[str] | None = None, also: Mapping[str, str] | None = None) -> FVARCommandLine:
+def main(
+    args: list[str] | None = None, also: Mapping[str, str] | None = None, callbacks: Sequence[Callback] = ()
+) -> FVARCommandLine:
     """Run `fvar fit | validate | test | predict` with the given arguments, those of the process by default.
 
     Args:
         args: of the command line.
         also: further commands and what they do, for the help.
+        callbacks: of the trainer, beside those that the arguments name.
 
     Raises:
         SystemExit: with status 2 if an argument is refused; the message names it.
@@ -178,6 +182,7 @@ def main(args: list[str] | None = None, also: Mapping[str, str] | None = None) -
             "epilog": f"Also, each with --help: {others}." if others else None,
         },
         save_config_kwargs={"overwrite": True},
+        trainer_defaults={"callbacks": list(callbacks)},
         args=sys.argv[1:] if args is None else args,
     )
 

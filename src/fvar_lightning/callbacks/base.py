@@ -60,11 +60,11 @@ class StudentEvaluation(Callback):
     left as they were, also by the data loaders.
 
     Args:
-        num_samples: N.
+        num_samples: N, images to generate.
         batch_size: images generated at once on a device.
         base_seed: seed of the first image.
         sampling: guidance, top_k, top_p, more_smooth in the place of the task's.
-        weights: `ema` or `raw`.
+        weights: `ema`: averaged weights where training keeps them; `raw`: those of the last step.
         every_n_epochs: in validations during the epochs n, 2n, ... of `fit`; `validate` and `test` always do it.
 
     Raises:

@@ -19,11 +19,17 @@ class AliasTokenizerTask(Stage1Task):
     Args:
         schedule: token layout and focus states; equal to the data module's.
         psf: point-spread function; the data module's.
-        vocab_size, z_channels, ch, num_res_blocks: of the network.
-        decay, warmup_steps, revive_after: of the `Codebook`.
-        l1_weight, l2_weight: of the pixel losses.
+        vocab_size: codes in the codebook.
+        z_channels: channels of a code.
+        ch: channels of encoder and decoder.
+        num_res_blocks: residual blocks of the encoder, and of the decoder.
+        decay: of the moving averages that the codes are, over steps.
+        warmup_steps: first steps, without quantiser; the codes are set after them.
+        revive_after: steps without use after which a code is replaced by a vector of the current one.
+        l1_weight: of the mean absolute error of the pixels.
+        l2_weight: of the mean squared error of the pixels.
         vq_weight: of the commitment loss.
-        optimizer: of all parameters.
+        optimizer: of all parameters; a class of `torch.optim` and its arguments.
         lr_warmup: part of the run during which the learning rate rises.
         lr_final: learning rate at the end over its peak.
         compile: encoder and decoder with `torch.compile`. The codebook stays as it is.

@@ -77,10 +77,21 @@ class FVARTask(FiniteTask):
             folder; class embeddings are new where the number of classes differs.
         num_classes: None: those of the trainer's data module, whose schedule the tokenizers then serve too (see
             `at_schedule`); student and teacher are built when the trainer asks for them (`configure_model`).
-        class_names: the data module's where left out.
-        depth, width, heads, drop_path_rate, shared_aln, attn_l2_norm, initial_gain, recompute: of the
-            student, see `VAR`.
-        trunk, alias_blocks, alias_scales, alias_context: of the teacher, see `HighFrequencyTeacher`.
+        class_names: name of every label; the data module's where left out.
+        depth: number of the student's blocks.
+        width: channels of a token in the student; ``None`` is 64 * depth.
+        heads: attention heads of the student; ``None`` is width / 64.
+        drop_path_rate: stochastic depth of the last block, rising linearly; ``None`` is 0.1 * depth / 24.
+        shared_aln: one AdaLN modulation for all blocks, as in official VAR's d36.
+        attn_l2_norm: cosine attention, as in all official weights.
+        initial_gain: how far the residual branches are open at the start; see `VAR` for official values.
+        recompute: keep only the inputs of every block for the backward pass: a third more work for less memory.
+        trunk: ``shared``: the teacher doubles the student's last blocks; ``detached``: the same, but its
+            loss does not train what they share; ``separate``: it is a whole second network.
+        alias_blocks: how many of the teacher's last blocks read alias tokens.
+        alias_scales: on how many of the last scales they do; ``None``: on all.
+        alias_context: which alias tokens a token may see: ``causal``: those of its own scale and of earlier ones;
+            ``own_scale``: eq. 9 to the letter.
         sharp_alias: have the teacher read the alias tokens of sharp views too, whose residual is zero: more than a
             third of all, and of them nothing but their position and level.
         teacher_loss_weight: of the teacher's own cross-entropy.
@@ -91,8 +102,10 @@ class FVARTask(FiniteTask):
             from the tokens alone.
         distill_ramp: part of the run during which the distillation then rises linearly to its weights.
         label_dropout: probability that a label becomes the class-free one.
-        guidance, top_k, top_p: of `generate`, for prediction.
-        optimizer: of student and teacher.
+        guidance: strength of classifier-free guidance when generating, at the last scale.
+        top_k: generating draws from so many of the likeliest tokens; 0: from all.
+        top_p: and of these from the likeliest that hold this probability; 0: from all.
+        optimizer: of student and teacher; a class of `torch.optim` and its arguments.
         lr_warmup: part of the run during which the learning rate rises.
         lr_hold: part of the rest during which it stays at its peak.
         lr_final: learning rate at the end over its peak.

@@ -35,22 +35,31 @@ class TokenizerTask(Stage1Task):
         schedule: token layout and focus states; equal to the data module's.
         psf: point-spread function; the data module's.
         targets: what a token map stands for, see `VQVAE`.
-        vocab_size, z_channels, ch, ch_mult, num_res_blocks, norm_groups: of the network.
-        decay, warmup_steps, revive_after: of the `Codebook`.
-        l1_weight, l2_weight: of the pixel losses.
+        vocab_size: codes in the codebook.
+        z_channels: channels of a code.
+        ch: channels of encoder and decoder at full resolution; a multiple of norm_groups.
+        ch_mult: channels at every resolution over `ch`, full size first; each but the last halves the side.
+        num_res_blocks: residual blocks of the encoder at every resolution; the decoder has one more.
+        norm_groups: groups of the group normalisation.
+        decay: of the moving averages that the codes are, over steps.
+        warmup_steps: first steps, without quantiser; the codes are set after them.
+        revive_after: steps without use after which a code is replaced by a vector of the current one.
+        l1_weight: of the mean absolute error of the pixels.
+        l2_weight: of the mean squared error of the pixels.
         vq_weight: of the codebook and commitment loss.
-        perceptual: network of the perceptual loss, see `perceptual_loss`.
+        perceptual: network of the perceptual loss: ``none``, ``lpips`` or ``efficientnet_lite1``; see
+            `perceptual_loss`.
         perceptual_weight: of the perceptual loss.
-        texture_weight: of the `texture_loss`; 0: none.
+        texture_weight: of the loss on the local contrast of fine detail (`texture_loss`); 0: none.
         adversarial_weight: of the discriminator's opinion, on top of the adaptive weight; 0: none.
         adversarial_start: part of the run before the discriminator joins.
         discriminator: ``patch``: `PatchDiscriminator`; ``efficientnet_lite1``: `FeatureDiscriminator`.
-        discriminator_ch: its width.
+        discriminator_ch: channels of the discriminator's first layer.
         scale_dropout: probability that a sample is decoded after an earlier scale, against the focus state of that
             scale, so that a partial token sequence decodes to a blurred image.
         noise: standard deviation of the noise on the input at the first and the last scale (beta of the paper), in
             training only and never on a target.
-        optimizer: of all parameters.
+        optimizer: of all parameters; a class of `torch.optim` and its arguments.
         lr_warmup: part of the run during which the learning rate rises.
         lr_final: learning rate at the end over its peak.
         seed: of noise and scale dropout.
