@@ -14,6 +14,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
+import fvar_lightning.commands.demo.command
 import fvar_lightning.commands.edit
 import fvar_lightning.commands.generate
 import fvar_lightning.quickstart
@@ -84,6 +85,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
         return nothing
 
     for module, name in (
+        (fvar_lightning.commands.demo.command, "demo"),
         (fvar_lightning.commands.generate, "generate_images"),
         (fvar_lightning.commands.edit, "edit_image"),
         (fvar_lightning.weights.export, "export"),
@@ -110,7 +112,7 @@ def test_commands_parse(parser: ArgumentParser, monkeypatch: pytest.MonkeyPatch)
         except (SystemExit, ValueError) as error:
             wrong.append(f"{path.name}: fvar {shlex.join(words)}: {error}")
     assert not wrong, "\n".join(wrong)
-    assert kinds >= {"fit", "validate", "test", "predict", "generate", "edit", "export", "plan", "quickstart"}
+    assert kinds >= {"fit", "validate", "test", "predict", "generate", "edit", "export", "plan", "quickstart", "demo"}
 
 
 def test_a_wrong_command_does_not_parse(parser: ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
