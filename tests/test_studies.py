@@ -89,22 +89,3 @@ def test_every_arm_names_what_there_is() -> None:
         assert TOKENS[arm.tokens][0] in OPTICS
         for argument in arm.arguments:
             assert Path(argument.removeprefix("--config=")).is_file()
-
-
-@pytest.mark.benchmark
-def test_ablation_runs_and_goes_on(tmp_path: Path) -> None:
-    """At a size of seconds: nothing that is there is made again, and a new arm joins the others."""
-    import ablation
-
-    command = ["photographs", "--tiny", "--output", str(tmp_path), "--seeds", "0", "--equal-time"]
-    ablation.main([*command, "--arms", "fvar"])
-    folder = tmp_path / "photographs"
-    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".ckpt", ".npz")}
-    table = ablation.main([*command, "--arms", "fvar", "self_distilled"])
-    assert {path: path.stat().st_mtime_ns for path in made} == made
-    for title in ("## Equal steps", "## Equal time", "| var |", "| fvar |", "| self_distilled |", "## Mean gate"):
-        assert title in table
-    written = {path.name for path in folder.iterdir() if path.is_file()}
-    assert {"report.md", "figures.csv", "inputs.json", "steps.png", "time.png", "samples-0.png"} <= written
-    with pytest.raises(SystemExit):
-        ablation.main(["scenes128", "--tiny"])
