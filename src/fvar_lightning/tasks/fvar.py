@@ -10,31 +10,17 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
-from fvar_lightning.data.token_module import TokenDataModule
-from fvar_lightning.data.tokens import TokenMeta
-from fvar_lightning.generation.sampling import generate, generate_stages
-from fvar_lightning.precision import no_autocast
-from fvar_lightning.tasks.finite import FiniteTask
-from fvar_lightning.tasks.frozen import at_data_schedule, frozen_tokenizers
-from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
-from fvar_lightning.tasks.tokens import check_cache, hashes, identity
+from fvar_lightning.data.batches import ImageBatch, TokenBatch
+from fvar_lightning.tasks.stage2 import Stage2Task
 from fvar_lightning.tasks.training import (
     WarmupLinear,
     batch_generator,
-    check_views,
     parameter_groups,
     ramp,
     training_steps,
 )
-from fvar_lightning.tokenizer.alias import AliasTokenizer
-from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.losses import feature_loss, token_losses
-from fvar_lightning.transformer.teacher import HighFrequencyTeacher, Trunk
-from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.averages import state_of
-from fvar_lightning.weights.checkpoints import load_initial_weights
-from fvar_lightning.weights.describe import describe, differences
+from fvar_lightning.transformer.teacher import Trunk
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -59,7 +45,7 @@ class StepInputs(NamedTuple):
     """(), factor on the distillation, 0 to 1."""
 
 
-class FVARTask(FiniteTask):
+class FVARTask(Stage2Task):
     """Trains the student, and the teacher that distils the alias tokens into it (paper section 3.6, eq. 12).
 
         loss = CE(student) + teacher_loss_weight * CE(teacher)
@@ -120,11 +106,6 @@ class FVARTask(FiniteTask):
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
-
-    student_class: type[VAR] = VAR
-    """What the student is; a subclass of the task may name a subclass of `VAR`."""
-    student: VAR
-    teacher: HighFrequencyTeacher | None
 
     def __init__(
         self,
@@ -197,147 +178,7 @@ class FVARTask(FiniteTask):
         self.distill_plan = distill_start, distill_ramp
         self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
-        self.initial_weights, self.compile_blocks = initial_weights, compile
-        self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
-        vae, alias = frozen_tokenizers(structure_tokenizer, alias_tokenizer)
-        # of files, before the trainer changes the precision; those of described tokenizers come with the checkpoint
-        described = isinstance(structure_tokenizer, dict) or isinstance(alias_tokenizer, dict)
-        self.tokenizers_sha256 = {} if described else hashes({"structure": vae, "alias": alias})
-        self._take_tokenizers(vae, alias)
-        if num_classes is not None and not deferred:
-            self.student, self.teacher = self._networks()
-
-    def _take_tokenizers(self, vae: VQVAE, alias: AliasTokenizer | None) -> None:
-        """A checkpoint stands alone: their descriptions take the place of their files."""
-        self.vae, self.alias_tokenizer = vae, alias
-        self.hparams["structure_tokenizer"] = describe(vae)
-        self.hparams["alias_tokenizer"] = None if alias is None else describe(alias)
-
-    def _networks(self) -> Networks:
-        """Student and teacher, new, for the tokenizers' schedule."""
-
-        def options(*names: str) -> dict[str, Any]:
-            return {name: self.hparams[name] for name in names}
-
-        student = self.student_class(
-            self.vae.schedule.patch_nums,
-            vocab_size=self.vae.vocab_size,
-            z_channels=self.vae.z_channels,
-            **options("num_classes", "depth", "width", "heads", "drop_path_rate", "shared_aln", "attn_l2_norm"),
-            **options("initial_gain", "recompute"),
-        )
-        if self.initial_weights is not None and not student.pos_start.is_meta:
-            load_initial_weights(student, self.initial_weights)
-        teacher = None
-        if self.teacher_loss_weight > 0:
-            teacher = HighFrequencyTeacher(
-                student,
-                alias_channels=self._alias_source.z_channels,
-                sharp_scales=0 if self.hparams["sharp_alias"] else self.vae.schedule.sharp_scales,
-                **options("alias_blocks", "alias_scales", "alias_context", "trunk"),
-            )
-        if self.compile_blocks:
-            for block in blocks(student, teacher):
-                block.compile()
-        return student, teacher
-
-    @property
-    def _alias_source(self) -> AliasTokenizer | VQVAE:
-        """What turns alias residuals into tokens."""
-        return self.vae if self.alias_tokenizer is None else self.alias_tokenizer
-
-    def configure_model(self) -> None:
-        """Build student and teacher where there are none yet; shard them where the strategy is FSDP2
-        (`ModelParallelStrategy`)."""
-        self.follow_data()
-        built = hasattr(self, "student")
-        if self.device_mesh is None:
-            if not built:
-                self.student, self.teacher = self._networks()
-            return
-        mesh, policy = self.device_mesh["data_parallel"], mixed_precision(self.trainer.precision)
-        if built:
-            shard(self.student, self.teacher, mesh, policy)
-        else:
-            self.student, self.teacher = build_sharded(self._networks, mesh, policy)
-
-    def follow_data(self) -> None:
-        """Take schedule and classes from the trainer's data module, unless the classes are known.
-
-        Raises:
-            ValueError: if there is no data module that knows its classes.
-        """
-        if self.num_classes is not None:
-            return
-        trainer = self._trainer
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        if trainer is None or names is None:
-            raise ValueError("num_classes must be given where no data module tells the classes, got None")
-        self._take_tokenizers(*at_data_schedule(self.vae, self.alias_tokenizer, trainer))
-        self.hparams["num_classes"] = len(names)
-        self.hparams["class_names"] = self.hparams["class_names"] or list(names)
-
-    def setup(self, stage: str) -> None:
-        """Refuse a data module of other views or classes."""
-        self.follow_data()
-        check_views(self, self.vae.schedule, self._alias_source.psf)
-        data = getattr(self.trainer, "datamodule", None)
-        # images to generate need no images, and so nobody to list them
-        asks_for_samples = stage == "predict" and getattr(data, "predict", "samples") == "samples"
-        if not asks_for_samples and (classes := getattr(data, "num_classes", None)) not in (None, self.num_classes):
-            raise ValueError(f"num_classes must be the data module's {classes}, got {self.num_classes}")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files; and which
-        tokenizers these are."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
-        checkpoint["tokenizers_sha256"] = self.tokenizers_sha256
-        # averaging what never changes moves it by rounding errors, which add up over a run
-        frozen = {n: x for n, x in state_of(checkpoint, "raw").items() if n.startswith(("vae.", "alias_tokenizer."))}
-        checkpoint["state_dict"].update(frozen)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another student.
-
-        Raises:
-            ValueError: naming the sizes that differ.
-        """
-        sizes = {name: x for name, x in describe(self.student).items() if name != "drop_path_rate"}
-        if differing := differences(checkpoint.get("networks", {}).get("student", {}), sizes):
-            raise ValueError(f"the checkpoint is of another student: {differing}")
-        self.tokenizers_sha256 = checkpoint.get("tokenizers_sha256", {})
-
-    def _check_tokens(self) -> None:
-        """Refuse tokenizers without weights, and a cache of another's tokens: once weights are loaded.
-
-        Raises:
-            ValueError: saying what is missing, or what differs.
-        """
-        own = self.token_meta()
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, TokenDataModule):
-            check_cache(data.train.cache, own)
-
-    on_train_start = on_validation_start = on_test_start = _check_tokens
-
-    def train(self, mode: bool = True) -> "FVARTask":
-        """Training mode, but never for the frozen tokenizers."""
-        super().train(mode)
-        self.vae.eval()
-        if self.alias_tokenizer is not None:
-            self.alias_tokenizer.eval()
-        return self
-
-    @torch.no_grad()
-    def tokens(self, batch: ImageBatch | TokenBatch) -> TokenBatch:
-        """The token maps of a batch; alias tokens only where a teacher reads them."""
-        if isinstance(batch, TokenBatch):
-            return batch
-        with no_autocast(batch.images):
-            structure = self.vae.encode(self.vae.inputs(batch.images, batch.views, batch.blurred))
-            alias = self._alias_source.encode(batch.views.alias) if self.teacher is not None else []
-        return TokenBatch(structure, alias, batch.labels)
+        self.prepare(structure_tokenizer, alias_tokenizer, initial_weights, compile=compile, deferred=deferred)
 
     def losses(
         self, batch: TokenBatch, generator: torch.Generator | None = None, distillation: float = 1.0
@@ -356,7 +197,7 @@ class FVARTask(FiniteTask):
             labels = torch.where(dropped, self.student.num_classes, labels)
             keep = self.student.keep_masks(len(labels), generator)
         if self.teacher is not None:
-            alias = self._alias_source.codes(torch.cat(list(batch.alias), dim=1))
+            alias = self.alias_source.codes(torch.cat(list(batch.alias), dim=1))
         targets = torch.cat(list(batch.structure), dim=1)
         factor = torch.full((), distillation, device=labels.device)
         return StepInputs(labels, self.vae.var_inputs(batch.structure), targets, alias, keep, factor)
@@ -396,52 +237,6 @@ class FVARTask(FiniteTask):
             self.log(f"val/{name}", value, sync_dist=True, prog_bar=name == "loss", batch_size=batch_size)
 
     test_step = validation_step
-
-    def generate(self, labels: Tensor, **options: Any) -> Tensor:
-        """Images of the labels by the student, with the task's guidance, top_k and top_p; see `generate`."""
-        with gathered(self.student):
-            return generate(self.student, self.vae, labels, **(self.sampling | options))
-
-    def generate_stages(self, labels: Tensor, **options: Any) -> list[Tensor]:
-        """The image after every scale, S tensors (B, 3, H, W); takes what `generate` takes."""
-        with gathered(self.student):
-            return generate_stages(self.student, self.vae, labels, **(self.sampling | options))
-
-    def predict_step(self, batch: SampleBatch | ImageBatch, batch_idx: int) -> Tensor | TokenBatch:
-        """Images (B, 3, H, W) for a `SampleBatch`, tokens for an `ImageBatch` (token caches)."""
-        if isinstance(batch, SampleBatch):
-            return self.generate(batch.labels, seeds=batch.seeds)
-        return self.tokens(batch)
-
-    def token_meta(self) -> TokenMeta:
-        """What this task's tokens are.
-
-        Raises:
-            ValueError: if the tokenizers are described but came with no checkpoint.
-        """
-        if self.vae.codebook.warming_up:
-            raise ValueError("structure_tokenizer is a description without weights: give its checkpoint")
-        known = self.tokenizers_sha256 = self.tokenizers_sha256 or hashes(
-            {"structure": self.vae, "alias": self.alias_tokenizer}
-        )
-        kind = "structure" if self.alias_tokenizer is None else "alias"
-        return TokenMeta(
-            schedule=self.vae.schedule,
-            class_names=self.class_names,
-            structure=identity(self.vae, known["structure"]),
-            alias=None if self.teacher is None else identity(self._alias_source, known[kind]),
-            alias_deviations=self.alias_tokenizer.deviations if self.teacher and self.alias_tokenizer else None,
-        )
-
-    @property
-    def class_names(self) -> list[str]:
-        """Name of every label; its number where there is none."""
-        return self.hparams["class_names"] or [str(label) for label in range(self.num_classes or 0)]
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of labels; None until the data module has told."""
-        return self.hparams["num_classes"]
 
     def parameters_to_train(self) -> list[dict[str, Any]]:
         """Groups for the optimiser."""
