@@ -1,6 +1,7 @@
 """What the ablation compares. A new arm is a line in `ARMS`, and one in `TOKENS` or `OPTICS` if it has other tokens."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from fvar_lightning.cli import configs
@@ -10,11 +11,7 @@ OPTICS: dict[str, list[str]] = {
     "none": ["--data.psf=none"],
     "gaussian": ["--data.psf=gaussian"],
     "lanczos": ["--data.psf=lanczos"],
-    "nyquist": [
-        "--data.schedule.schedule=nyquist",
-        "--data.schedule.max_radius=null",
-        "--data.schedule.focus_states=6",
-    ],
+    "nyquist": [f"--config={Path(__file__).with_name('nyquist.yaml')}"],
     "per_scale": ["--data.schedule.focus_states=6"],
 }
 """Views, and with them alias residuals: arguments of all stages that read images."""

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from evaluation_worker import make_taught_task, write_tokenizers
+from fvar_lightning.cli import main
+from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.training import batch_generator
 from test_teacher_gap import make_tokens
@@ -89,3 +92,15 @@ def test_every_arm_names_what_there_is() -> None:
         assert TOKENS[arm.tokens][0] in OPTICS
         for argument in arm.arguments:
             assert Path(argument.removeprefix("--config=")).is_file()
+
+
+def test_every_optics_has_a_schedule_of_the_sets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from arms import OPTICS
+    from sets import QUICKSTART, images_of
+
+    for options in OPTICS.values():
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", f"--config={QUICKSTART / 'structure.yaml'}", *images_of("FashionMNIST", str(tmp_path), 0),
+                  *options, "--print_config"])  # fmt: skip
+        schedule = FocusSchedule(**yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["schedule"])
+        assert (schedule.num_scales, schedule.image_size) == (6, 32)
