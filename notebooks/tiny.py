@@ -37,7 +37,7 @@ def show(ax: Axes, image: Tensor, title: str = "") -> None:
 def photographs(source: str = "photographs") -> ImageDataModule:
     """Crops of 32 px: of the eight photographs, or of a folder."""
     return ImageDataModule(
-        source, image_size=32, schedule=SCHEDULE, batch_size=16, crops_per_photograph=150, num_workers=0
+        source, image_size=32, schedule=SCHEDULE, batch_size=8, crops_per_photograph=100, num_workers=0
     )
 
 
@@ -71,7 +71,7 @@ def tokenizers(data: ImageDataModule, folder: Path) -> dict[str, str]:
     network = {"z_channels": 16, "ch": 16, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "norm_groups": 4}
     paths = {"structure_tokenizer": str(folder / "structure.ckpt"), "alias_tokenizer": str(folder / "alias.ckpt")}
     fit(TokenizerTask(SCHEDULE, **codes, **network, l1_weight=1.0), data, 100, paths["structure_tokenizer"])
-    fit(AliasTokenizerTask(SCHEDULE, **codes, z_channels=32, ch=64), data, 200, paths["alias_tokenizer"])
+    fit(AliasTokenizerTask(SCHEDULE, **codes, z_channels=32, ch=64), data, 100, paths["alias_tokenizer"])
     return paths
 
 
