@@ -15,7 +15,7 @@ from fvar_lightning.generation.sampling import Progress
 from fvar_lightning.schedule import FocusSchedule
 
 INTRODUCTION = """# Next-focus image generation
-An image is made scale by scale, and every scale is sharper than the one before."""
+An image is made scale by scale, from a blurred whole to sharp detail."""
 SCALES = "After every scale: its tokens and its blur radius"
 OPTICS = """Plain downsampling (top row) folds fine texture into false coarse detail. Next-focus tokens come from views
 that a defocus blur went over first (middle row). What the blur took away is the alias residual (bottom row): only the
