@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fvar_lightning.activations import recomputed
+from fvar_lightning.tokenizer.winograd import Conv3x3
 
 VAR_CH_MULT = (1, 1, 2, 2, 4)
 
@@ -49,9 +50,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(in_channels, groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = GroupNorm(out_channels, groups)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,6 +193,13 @@ def initialise(network: nn.Module) -> None:
             nn.init.zeros_(module.proj_out.weight)
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """Maps as a CPU convolves them a fifth faster, channels last, unless gradients are asked for."""
+    if x.is_cpu and not torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
 class Encoder(nn.Module):
     """(B, 3, H, W) images -> (B, Z, H/f, W/f) features.
 
@@ -221,10 +229,10 @@ class Encoder(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(laid_out(x))
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h)), inplace=True))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h)), inplace=True)).contiguous()
 
 
 class Decoder(nn.Module):
@@ -247,8 +255,5 @@ class Decoder(nn.Module):
         initialise(self)
 
     def forward(self, z: Tensor) -> Tensor:
-        if z.is_cpu and not torch.is_grad_enabled():
-            # CPUs convolve this layout a fifth faster
-            z = z.contiguous(memory_format=torch.channels_last)
-        h = self.up(self.mid(self.conv_in(z)))
+        h = self.up(self.mid(self.conv_in(laid_out(z))))
         return self.conv_out(F.silu(self.norm_out(h, inplace=True), inplace=True)).contiguous()
