@@ -43,8 +43,9 @@ def test_rounds_no_worse_than_the_plain_convolution() -> None:
 
 
 def test_serves_large_maps_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing else: not small or odd maps, other layouts and precisions, nor autocast and training."""
+    """And nothing else: not small or odd maps, few channels, other layouts and precisions, nor autocast and training."""
     calls = []
+    monkeypatch.setattr(winograd, "CHANNELS", 4)
     monkeypatch.setattr(winograd, "winograd", lambda x, *_: calls.append(x.shape) or x)
     conv, x = make(4, 4, 16, 16)
     conv(x)
@@ -52,6 +53,7 @@ def test_serves_large_maps_without_gradients(monkeypatch: pytest.MonkeyPatch) ->
         conv(x[..., :6, :6].contiguous(memory_format=torch.channels_last))
         conv(x[..., :15].contiguous(memory_format=torch.channels_last))
         conv(x.contiguous())
+        Conv3x3(4, 3)(x)
         Conv3x3(4, 4).double()(x.double())
         with torch.autocast("cpu", torch.bfloat16):
             conv(x)

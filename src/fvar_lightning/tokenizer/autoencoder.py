@@ -17,6 +17,9 @@ from fvar_lightning.tokenizer.winograd import Conv3x3
 
 VAR_CH_MULT = (1, 1, 2, 2, 4)
 
+PIECE = 2**18
+"""Values of a map whose squares are in memory at once: they stay in the cache."""
+
 
 class GroupNorm(nn.GroupNorm):
     """torch's, but for channels-last maps on a CPU, of which torch sums the squares in one run of float32.
@@ -33,8 +36,9 @@ class GroupNorm(nn.GroupNorm):
         if not (last and x.is_cpu and x.dtype == torch.float32) or torch.is_grad_enabled():
             return super().forward(x)
         mean = self._over_groups(x.mean((2, 3)))
-        squares = torch.stack([(row - mean[..., 0]).square_().mean(2) for row in x.unbind(2)])
-        variance = self._over_groups(squares.mean(0))
+        pieces = x.split(max(PIECE // x[:, :, 0].numel(), 1), dim=2)
+        squares = torch.stack([(piece - mean).square_().sum((2, 3)) for piece in pieces]).sum(0)
+        variance = self._over_groups(squares / x[0, 0].numel())
         scale = self.weight[:, None, None] * (variance + self.eps).rsqrt()
         return torch.addcmul(self.bias[:, None, None] - mean * scale, x, scale, out=x if inplace else None)
 
