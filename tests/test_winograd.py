@@ -43,7 +43,7 @@ def test_rounds_no_worse_than_the_plain_convolution() -> None:
 
 
 def test_serves_large_maps_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing else: not small or odd maps, few channels, other layouts and precisions, nor autocast and training."""
+    """And nothing else: small or odd maps, few channels, other layouts and precisions, autocast, training."""
     calls = []
     monkeypatch.setattr(winograd, "CHANNELS", 4)
     monkeypatch.setattr(winograd, "winograd", lambda x, *_: calls.append(x.shape) or x)
