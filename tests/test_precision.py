@@ -1,11 +1,15 @@
 """What stays in float32 whatever the networks compute in, and what training mode changes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from fvar_lightning.commands import model
 from fvar_lightning.generation.editing import edit
 from fvar_lightning.generation.sampling import generate, generate_stages
+from fvar_lightning.precision import lacks_bfloat16
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
@@ -90,3 +94,29 @@ def test_half_precision_decodes_nearly_the_same_image() -> None:
     assert (found - exact).abs().mean() < 0.02 * exact.abs().mean()
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert [t.shape for t in vae.encode(vae.inputs(images.bfloat16()))] == [(2, 1), (2, 4), (2, 16)]
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 gfni\n", False),
+        ("Features\t: fp asimd i8mm bf16\n", False),
+        ("flags\t\t: fpu avx2 avx512f\n", True),
+        ("processor\t: 0\n", False),
+    ],
+)
+def test_processors_tell_their_units(text: str, lacks: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert lacks_bfloat16(str(tmp_path / "cpuinfo")) == lacks
+    assert not lacks_bfloat16(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_bfloat16_says_where_it_will_not_help(
+    lacks: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(model, "lacks_bfloat16", lambda: lacks)
+    assert model.choose_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+    assert [str(w.message) for w in recwarn] == [
+        "precision bfloat16 will not help: this processor has no units for it"
+    ] * lacks

@@ -1,6 +1,5 @@
 """The step of stage 1: accumulated, compiled, and that it does not wait for the device."""
 
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed_worker import FixedImages, make_task
+from waits import Waits
 
 STEPS = 6
 EVERYTHING = {"noise": (0.1, 0.1), "scale_dropout": 0.5, "adversarial_weight": 0.5, "adversarial_start": 0.0}
@@ -41,30 +40,6 @@ def test_accumulated_passes_are_one_step_of_the_codebook(tmp_path: Path) -> None
 
 def test_the_alias_tokenizers_clock_counts_steps_too(tmp_path: Path) -> None:
     assert trained("alias", 2, tmp_path)["tokenizer.codebook.updates"] == STEPS
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations whose result, or its size, the host would have to wait for."""
-
-    NAMES = ("local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "lift_fresh")
-    """The last: a tensor made of Python numbers, which are copied to the device and waited for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::")
-        # a boolean mask as an index is a nonzero
-        masks = name.startswith("index") and any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bool
-            for part in args
-            if isinstance(part, list)
-            for x in part
-        )
-        if masks or any(name.startswith((known, f"_{known}")) for known in self.NAMES):
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class SteadySteps(Callback):

@@ -1,5 +1,6 @@
 """What the commands that generate share: which model, where and how precisely it computes, with which sampling."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -10,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fvar_lightning.generation.sampling import Progress
+from fvar_lightning.precision import lacks_bfloat16
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.averages import Weights
@@ -44,7 +46,9 @@ class ModelOptions:
         weights: of a training checkpoint, 'ema': averaged weights where training kept them; 'raw': the last step's.
         revision: branch, tag or commit of a repository of the hub.
         device: 'auto': a CUDA GPU where there is one, else the CPU; or a device of torch, like cpu or cuda:1.
-        precision: what the networks compute in, 'auto': bfloat16 on a CUDA GPU that supports it, else float32.
+        precision: what the networks compute in, 'auto': bfloat16 on a CUDA GPU that supports it, else float32. On a
+            CPU bfloat16 helps where there are units for it (AVX512_BF16, AMX), as docs/speed.md measures; quantiser,
+            sampling and the sums of norms stay in float32.
     """
 
     model: str
@@ -120,6 +124,8 @@ def choose_precision(name: str, device: torch.device) -> str:
     """Of `ModelOptions.precision`."""
     if name not in get_args(Precision):
         raise ValueError(f"precision must be one of {get_args(Precision)}, got {name!r}")
+    if name == "bfloat16" and device.type == "cpu" and lacks_bfloat16():
+        warnings.warn("precision bfloat16 will not help: this processor has no units for it", stacklevel=2)
     if name != "auto":
         return name
     # without emulation: on older GPUs it is slower than float32

@@ -68,7 +68,8 @@ class Noise:
         self.generator = generator
         self.per_image = None
         if seeds is not None:
-            self.per_image = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+            numbers = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+            self.per_image = [torch.Generator(device).manual_seed(int(seed)) for seed in numbers]
 
     def like(self, x: Tensor) -> Tensor:
         """Noise of the shape of x (B, l, V)."""
@@ -92,7 +93,7 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p > 0:
         best = best.flip(-1)
         remove = best.softmax(-1).cumsum(-1) <= 1 - top_p
-        remove[..., -1] = False
+        remove[..., -1].fill_(False)
         best = best.masked_fill(remove, torch.inf)
     return logits.masked_fill(logits < best.amin(-1, keepdim=True), -torch.inf)
 
@@ -175,7 +176,7 @@ def sample(
 ) -> Iterator[Tensor]:
     """f_hat (B, Z, h, w) after every scale; the arguments and errors of `generate`."""
     check_models(var, vae)
-    _check_labels(labels, var.num_classes)
+    conditional = _any_conditional(labels, var.num_classes)
     if top_k < 0:
         raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
     if not 0 <= top_p <= 1:
@@ -184,7 +185,7 @@ def sample(
     strengths = guidance_scales(guidance, layout.num_scales)
     noise = Noise(len(labels), labels.device, seeds, generator)
     batch = len(labels)
-    guided = any(strengths) and bool((labels != var.num_classes).any())
+    guided = any(strengths) and conditional
     if guided:
         labels = torch.cat((labels, torch.full_like(labels, var.num_classes)))
 
@@ -238,9 +239,13 @@ def _smooth_code(logits: Tensor, ratio: float, noise: Noise, codes: Tensor) -> T
     return mixed.transpose(1, 2).reshape(batch, codes.shape[1], side, side)
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+def _any_conditional(labels: Tensor, num_classes: int) -> bool:
+    """Whether any label names a class, once they are checked. Nothing else in sampling waits for the device."""
     if labels.dim() != 1 or labels.dtype != torch.long:
         raise ValueError(f"labels must be a 1-d int64 tensor, got {labels.dtype} of shape {tuple(labels.shape)}")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:
-        low, high = int(labels.min()), int(labels.max())
+    if len(labels) == 0:
+        return False
+    low, high = (int(label) for label in labels.aminmax())
+    if not 0 <= low <= high <= num_classes:
         raise ValueError(f"labels must lie in 0..{num_classes} ({num_classes}: class-free), got {low}..{high}")
+    return low < num_classes
