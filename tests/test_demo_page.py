@@ -252,7 +252,7 @@ class Visitor:
         from selenium.webdriver.support.ui import WebDriverWait
 
         self.driver = driver
-        self.wait = WebDriverWait(driver, 20, poll_frequency=0.1)
+        self.wait = WebDriverWait(driver, 60, poll_frequency=0.1)
         driver.switch_to.new_window("window")
         self.window = driver.current_window_handle
         driver.get(url)
