@@ -209,9 +209,12 @@ class Study:
         """What of an arm is done, by seed; for equal time that of equal steps where it needed no other run."""
         figures = {}
         for seed in seeds:
-            own, shared = (self.place(name, seed, b) / "figures.json" for b in (budget, "steps"))
-            if own.is_file() or (shared.is_file() and (own.parent / "effort.json").is_file()):
-                figures[seed] = json.loads((own if own.is_file() else shared).read_text())
+            path = self.place(name, seed, budget) / "figures.json"
+            plan = path.with_name("effort.json")
+            if plan.is_file() and json.loads(plan.read_text())["effort"] == self.effort:
+                path = self.place(name, seed, "steps") / "figures.json"
+            if path.is_file():
+                figures[seed] = json.loads(path.read_text())
         return figures
 
     # What is written
