@@ -214,8 +214,8 @@ class VAR(nn.Module):
             generator: on the network's device.
         """
         device = self.pos_start.device
-        # made on the device: numbers of the host would have to be waited for
-        kept = (1 - torch.linspace(0, self._blocks[-1].drop_path_rate, self.depth, device=device))[:, None, None]
+        # filled in on the device: a tensor of the host's numbers would have to be waited for
+        kept = torch.stack([torch.full((1, 1), 1 - block.drop_path_rate, device=device) for block in self._blocks])
         return (torch.rand(self.depth, batch, 2, device=device, generator=generator) < kept) / kept
 
     def run(self, tokens: Tensor, condition: Condition, keep: Tensor | None = None) -> list[Tensor]:
