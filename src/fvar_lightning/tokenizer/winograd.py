@@ -6,7 +6,7 @@ Legend: B batch, C and O channels in and out, H x W pixels, r x w tiles of 2 x 2
 import torch
 from torch import Tensor, nn
 
-STRIP = 2**20
+STRIP = 2**19
 """Values a strip of the image is spread to, for each thread: they stay in the cache."""
 
 CHANNELS = 160
