@@ -7,6 +7,7 @@ resume goes on from such a checkpoint, one.ckpt beside OUTPUT, and writes it onc
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ class FixedImages(LightningDataModule):
         return ImageBatch(images, labels, refocus.views(images, blurred), blurred)
 
 
-def sgd(params: object) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=1.0)
+def sgd(params: object, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr)
 
 
 def adamw(params: object) -> torch.optim.Optimizer:
@@ -93,7 +94,9 @@ def run(name: str, strategy: str, precision: str, output: Path, tokenizers: list
     }[strategy]
     passes = 2 if name == "fvar" else 1
     trainer = make_trainer(plan, precision, 1 if strategy == "single" else 2, passes, output.parent)
-    options = {"deferred": True} if strategy == "fsdp" else {}
+    options: dict[str, Any] = {"deferred": True} if strategy == "fsdp" else {}
+    if name != "fvar":
+        options["optimizer"] = partial(sgd, lr=1.0)  # clipped steps so long that codes are left unused
     trainer.fit(make_task(name, tokenizers, **options), FixedImages(passes))
     trainer.save_checkpoint(output, weights_only=False)
 
