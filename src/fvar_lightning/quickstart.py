@@ -64,7 +64,9 @@ def quickstart_command(args: list[str]) -> None:
     auto_cli(quickstart, args=args, prog="fvar quickstart")
 
 
-def train(stage: str, folder: Path, effort: float, arguments: list[str], clock: RemainingTime) -> FVARCommandLine:
+def train(
+    stage: str, folder: Path, effort: float, arguments: list[str], clock: RemainingTime | None = None
+) -> FVARCommandLine:
     """One `fvar fit` of a stage, resumed from its last checkpoint where there is one."""
     config = configs() / "quickstart" / f"{stage}.yaml"
     content = yaml.safe_load(config.read_text())
@@ -94,7 +96,7 @@ def train(stage: str, folder: Path, effort: float, arguments: list[str], clock: 
         args.append(f"--model.warmup_steps={min(warmup, steps // 2)}")
     args += arguments
     start = perf_counter()
-    cli = main(args, callbacks=[clock])
+    cli = main(args, callbacks=[] if clock is None else [clock])
     if cli.trainer.global_step > done:
         _add_seconds(folder / "seconds.json", stage, perf_counter() - start)
     return cli

@@ -37,6 +37,7 @@ def make_task(folder: Path, weight: float) -> FVARTask:
     paths = [write_tokenizer(kind, folder / f"{kind}.ckpt") for kind in ("structure", "alias")]
     return FVARTask(
         *paths,
+        num_classes=1000,
         depth=DEPTH,
         width=WIDTH,
         heads=HEADS,
