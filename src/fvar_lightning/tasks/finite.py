@@ -27,7 +27,7 @@ class FiniteTask(LightningModule):
 
     The terms are kept on their device and looked at together: every step on a CPU; on a GPU, which nothing waits for
     in between, every ``log_every_n_steps`` steps and before every checkpoint. A step pays for one small copy. With
-    several processes a look costs one all-reduced flag, and all ranks stop together. A checkpoint costs one pass over
+    several processes a look costs an all-reduced flag, and all ranks stop together. A checkpoint costs one pass over
     its weights, none of which may be NaN or infinite in it.
     """
 
@@ -61,7 +61,9 @@ class FiniteTask(LightningModule):
         Raises:
             FloatingPointError: as `on_train_batch_end`; or with the names of the weights.
         """
-        self._stop_on_all_ranks(self._first_bad_batch() or self._bad_weights(checkpoint["state_dict"]))
+        # first: another rank's loss has brought this rank's weights down too
+        self._stop_on_all_ranks(self._first_bad_batch())
+        self._stop_on_all_ranks(self._bad_weights(checkpoint["state_dict"]))
 
     def _stop_on_all_ranks(self, reason: str | None) -> None:
         if not self.trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
