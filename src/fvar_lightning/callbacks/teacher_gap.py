@@ -60,32 +60,6 @@ class TeacherGap(Callback):
         if pl_module.teacher_loss_weight == 0:
             raise ValueError("TeacherGap needs a teacher: teacher_loss_weight must be positive, got 0")
 
-    def _batch(self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.sanity_checking or (self.max_batches is not None and batch_idx >= self.max_batches):
-            return
-        assert isinstance(task, FVARTask)
-        with trainer.precision_plugin.forward_context():
-            sums = gap_sums(task, task.tokens(batch))
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def _end(self, trainer: Trainer, task: LightningModule) -> None:
-        if trainer.sanity_checking or self.sums is None:
-            return
-        assert isinstance(task, FVARTask)
-        sums, self.sums = trainer.strategy.reduce(self.sums, reduce_op="sum"), None
-        assert isinstance(sums, Tensor)
-        rows = gap_rows(sums.cpu(), task.vae.schedule.patch_nums)
-        prefix = "test" if trainer.testing else "val"
-        values = {f"{prefix}/{figure}/{row['scale']}": row[figure] for row in rows for figure in FIGURES}
-        task.log_dict(values, sync_dist=True, batch_size=1)
-        log_pictures(trainer, {"teacher_gap": gap_picture(rows[:-1])})
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
-        if trainer.is_global_zero:
-            with replacing(folder / "teacher_gap.csv") as beside, beside.open("w", newline="") as file:
-                table = csv.DictWriter(file, list(rows[0]))
-                table.writeheader()
-                table.writerows(rows)
-
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -95,24 +69,35 @@ class TeacherGap(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._batch(trainer, pl_module, batch, batch_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._batch(trainer, pl_module, batch, batch_idx)
+        """Add the sums of a batch."""
+        if trainer.sanity_checking or (self.max_batches is not None and batch_idx >= self.max_batches):
+            return
+        assert isinstance(pl_module, FVARTask)
+        with trainer.precision_plugin.forward_context():
+            sums = gap_sums(pl_module, pl_module.tokens(batch))
+        self.sums = sums if self.sums is None else self.sums + sums
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer, pl_module)
+        """Log and write the figures of all batches, and begin anew."""
+        if trainer.sanity_checking or self.sums is None:
+            return
+        assert isinstance(pl_module, FVARTask)
+        sums, self.sums = trainer.strategy.reduce(self.sums, reduce_op="sum"), None
+        assert isinstance(sums, Tensor)
+        rows = gap_rows(sums.cpu(), pl_module.vae.schedule.patch_nums)
+        prefix = "test" if trainer.testing else "val"
+        values = {f"{prefix}/{figure}/{row['scale']}": row[figure] for row in rows for figure in FIGURES}
+        pl_module.log_dict(values, sync_dist=True, batch_size=1)
+        log_pictures(trainer, {"teacher_gap": gap_picture(rows[:-1])})
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        if trainer.is_global_zero:
+            with replacing(folder / "teacher_gap.csv") as beside, beside.open("w", newline="") as file:
+                table = csv.DictWriter(file, list(rows[0]))
+                table.writeheader()
+                table.writerows(rows)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer, pl_module)
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
 
 FIGURES = ("teacher_gap", "teacher_gap_shuffled", "teacher_gate")
