@@ -42,7 +42,7 @@ from judging import (
     statistics_of,
 )
 from report import plot_arms, plot_gaps, plot_learning, text, write_figures, write_sheet
-from sets import NETWORKS, QUICKSTART, SETS, data_module, held_out, images_of
+from sets import NETWORKS, QUICKSTART, SETS, STUDENT, data_module, held_out, images_of
 
 from fvar_lightning.atomic import replacing, write_json
 from fvar_lightning.callbacks.loggers import read_metrics
@@ -157,10 +157,10 @@ class Study:
         cache = self.cache(arm, seed)
         steps = max(round(effort * STAGE_2_STEPS), 2)
         arguments = [f"--model={arm.task}"] if arm.task != "FVARTask" else []
-        arguments += [*arm.arguments, *self.tokenizers(arm, seed), f"--seed_everything={seed}", f"--model.seed={seed}",
-                      f"--data.path={cache / 'train'}", f"--data.val_path={cache / 'val'}", f"--data.seed={seed}",
-                      f"--data.batch_size={BATCH_SIZE}"]  # fmt: skip
-        seldom = [f"--trainer.val_check_interval={max(steps // 8, 1)}", "--trainer.limit_val_batches=32"]
+        arguments += [*STUDENT, *arm.arguments, *self.tokenizers(arm, seed), f"--seed_everything={seed}",
+                      f"--model.seed={seed}", f"--data.path={cache / 'train'}", f"--data.val_path={cache / 'val'}",
+                      f"--data.seed={seed}", f"--data.batch_size={BATCH_SIZE}"]  # fmt: skip
+        seldom = [f"--trainer.val_check_interval={max(steps // 8, 1)}", "--trainer.limit_val_batches=16"]
         task = train("fvar", folder, effort, [*arguments, *seldom]).model
         figures = self.judge(folder, ARMS[name].tokens, seed, cache / "val")
         if task.teacher is not None:
@@ -188,7 +188,7 @@ class Study:
     def gap(self, folder: Path, arguments: list[str]) -> dict[str, float]:
         """What `TeacherGap` finds."""
         run(["validate", f"--config={QUICKSTART / 'fvar.yaml'}", *arguments, "--trainer.callbacks=TeacherGap",
-             "--trainer.logger=false", f"--trainer.default_root_dir={folder}", "--trainer.limit_val_batches=128",
+             "--trainer.logger=false", f"--trainer.default_root_dir={folder}", "--trainer.limit_val_batches=32",
              f"--ckpt_path={folder / 'fvar' / 'last.ckpt'}"])  # fmt: skip
         with (folder / "teacher_gap.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -299,8 +299,8 @@ def main(args: Sequence[str] | None = None) -> str:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*PAPER, *CONTROLS])
     parser.add_argument("--baseline", choices=ARMS, default="var")
-    parser.add_argument("--effort", type=float, default=5.0, help=f"factor on {STAGE_2_STEPS} steps of stage 2")
-    parser.add_argument("--tokenizer-effort", type=float, default=4.0, help="factor on the quickstart's 500 steps")
+    parser.add_argument("--effort", type=float, default=1.25, help=f"factor on {STAGE_2_STEPS} steps of stage 2")
+    parser.add_argument("--tokenizer-effort", type=float, default=1.0, help="factor on the quickstart's 500 steps")
     parser.add_argument("--crops", type=int, default=4, help="passes over the training images in the token cache")
     parser.add_argument("--count", type=int, default=2000, help="images to generate, and real ones to compare with")
     parser.add_argument("--equal-time", action="store_true", help="slower arms once more, for the baseline's time")

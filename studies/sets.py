@@ -1,5 +1,7 @@
 """The data sets of the studies, at the quickstart's sizes, and their held-out images."""
 
+from pathlib import Path
+
 import torch
 import yaml
 from torch import Tensor
@@ -9,16 +11,36 @@ from fvar_lightning.cli import configs
 from fvar_lightning.data.datasets import ImageDataset
 from fvar_lightning.data.loaders import Passes
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
+from fvar_lightning.data.sources import Source
+from fvar_lightning.data.torchvision_sets import TorchvisionDataset
 
 QUICKSTART = configs() / "quickstart"
+FEWER = {"train": 10_000, "val": 2_000}
+"""Images of each part of a torchvision data set, its first ones: more than a study's steps see, and quick to encode."""
+
+
+class FewerImages(ImageDataModule):
+    """`ImageDataModule` with the first images of a torchvision data set only."""
+
+    def find_source(self) -> Source:
+        source = super().find_source()
+        for part, count in FEWER.items():
+            if isinstance(whole := getattr(source, part), TorchvisionDataset):
+                indices = whole.indices[:count]
+                kept = TorchvisionDataset(whole.wrapped, whole.class_names, whole.transform, indices, seed=whole.seed)
+                source = source._replace(**{part: kept})
+        return source
+
 
 SETS = {
     "scenes128": QUICKSTART / "data.yaml",
-    "FashionMNIST": configs() / "data" / "torchvision32.yaml",
+    "FashionMNIST": Path(__file__).with_name("fashion_mnist.yaml"),
     "photographs": QUICKSTART / "data.yaml",
 }
 NETWORKS = {"scenes128": [], "FashionMNIST": ["--model.ch_mult=[1, 2, 4]"], "photographs": []}
 """What the structure tokenizer needs beside the quickstart's arguments."""
+STUDENT = ["--model.depth=4", "--model.width=128", "--model.heads=4"]
+"""A smaller one than the quickstart's: so many arms and seeds fit into hours."""
 
 
 def place(name: str, images: str | None) -> dict[str, str | None]:
@@ -37,7 +59,7 @@ def images_of(name: str, images: str | None, seed: int) -> list[str]:
 def data_module(name: str, images: str | None) -> ImageDataModule:
     """The images, with the set's own schedule."""
     schedule = FocusSchedule(**yaml.safe_load(SETS[name].read_text())["init_args"]["schedule"])
-    return ImageDataModule(
+    return FewerImages(
         **place(name, images), image_size=schedule.image_size, schedule=schedule, psf="none", num_workers=0
     )
 
