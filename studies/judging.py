@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def reconstructions(vae: VQVAE, images: Tensor) -> Tensor:
     return torch.cat(made)
 
 
-def samples(var: VAR, vae: VQVAE, count: int, first_seed: int, **sampling: float) -> Tensor:
+def samples(var: VAR, vae: VQVAE, count: int, first_seed: int, **sampling: Any) -> Tensor:
     """(count, 3, H, W) uint8, equally many of each class; image i has the same label and noise for every student."""
     var, vae, made = var.to(DEVICE), vae.to(DEVICE), []
     for part in tqdm(torch.arange(count).split(BATCH), "samples", leave=False):

@@ -136,6 +136,10 @@ def _checked_inception(path: Path, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"weights must be {source}; {path} holds no state dict: {error}") from error
 
 
+CACHED_IMAGES = 4
+"""Whose maps the cache of a CPU holds: twice as fast as a batch of 48."""
+
+
 class EfficientNetLite0(FeatureExtractor):
     """EfficientNet-Lite0 with the weights of its Python package: works offline; its figures compare among themselves.
 
@@ -149,6 +153,12 @@ class EfficientNetLite0(FeatureExtractor):
 
     def extract(self, images: Tensor) -> Features:
         """See the base class."""
+        if images.device.type != "cpu":
+            return self._extract(images)
+        pieces = [self._extract(piece) for piece in images.split(CACHED_IMAGES)]
+        return Features(*(torch.cat(part) for part in zip(*pieces, strict=True)))
+
+    def _extract(self, images: Tensor) -> Features:
         x = images.float()
         if x.shape[-2:] != (self.net.image_size, self.net.image_size):
             size = (self.net.image_size, self.net.image_size)

@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 PIXEL_MEAN, PIXEL_STD = 127.0, 128.0
 """What the official EfficientNet-Lite was trained with, on pixels in 0..255; not the ImageNet mean and deviation."""
@@ -62,6 +63,8 @@ class EfficientNetLite(nn.Module):
                 f"{path} holds no weights of EfficientNet-{variant}: install it anew ({error})"
             ) from error
         self.image_size = {"lite0": 224, "lite1": 240}[variant]
+        _fold_norms(self.net)
+        self.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.train(False)
 
@@ -91,3 +94,18 @@ class EfficientNetLite(nn.Module):
         x = net._swish(net._bn1(net._conv_head(self.stages(images)[-1])))
         features = x.mean(dim=(2, 3))
         return features, net._fc(features)
+
+
+def _fold_norms(net: nn.Module) -> None:
+    """Have the convolutions do what the batch norms after them do: nobody trains either, and one pass over the maps in
+    place of two takes two thirds of the time."""
+    pairs = [(net, "_conv_stem", "_bn0"), (net, "_conv_head", "_bn1")]
+    for block in net._blocks:  # type: ignore[union-attr]
+        first = [(block, "_expand_conv", "_bn0")] if hasattr(block, "_expand_conv") else []
+        pairs += [*first, (block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
+    for part, conv, norm in pairs:
+        c, n = getattr(part, conv), getattr(part, norm)
+        c.weight, c.bias = fuse_conv_bn_weights(
+            c.weight, c.bias, n.running_mean, n.running_var, n.eps, n.weight, n.bias
+        )
+        setattr(part, norm, nn.Identity())
