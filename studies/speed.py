@@ -2,10 +2,10 @@
 
     VAR_REPO=path/of/a/checkout python studies/speed.py [parts] [--rounds 3] [--threads 1]
 
-Parts: generation, tokens, stage1, stage2, memory, growth; all by default. Without a checkout of the official code
-(github.com/FoundationVision/VAR) what is compared with it is left out. Times are the processor's, peers take turns, and
-ratios are medians over the rounds, with their extremes. FVAR_BENCHMARK=tiny runs all of it in a minute, at sizes that
-mean nothing.
+Parts: generation, tokens, stage1, stage2, memory, growth, profile; all by default. Without a checkout of the official
+code (github.com/FoundationVision/VAR) what is compared with it is left out. Times are the processor's, peers take
+turns, and ratios are medians over the rounds, with their extremes. FVAR_BENCHMARK=tiny runs all of it in a minute, at
+sizes that mean nothing.
 """
 
 import argparse
@@ -17,37 +17,27 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from time import process_time
 
 import torch
-from speed_models import OFFICIAL, Models, bfloat16, models, official_step, stage1_parts, stage2_step, student_of
+from growth import growth
+from rows import TINY, print_head, print_row, seconds
+from speed_models import (
+    OFFICIAL,
+    Models,
+    bfloat16,
+    models,
+    official_step,
+    stage1_parts,
+    stage2_step,
+)
 from torch import Tensor
 
 from fvar_lightning.generation.sampling import generate, sample
-from fvar_lightning.planning.cost import step_cost
 
-TINY = os.environ.get("FVAR_BENCHMARK") == "tiny"
 BATCHES = (1,) if TINY else (1, 4, 8)
 """Of generation."""
 
 Runs = Mapping[str, Callable[[], object]]
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Of processor time."""
-    start = process_time()
-    run()
-    return process_time() - start
-
-
-def print_row(*cells: object) -> None:
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def print_head(title: str, *columns: str) -> None:
-    print(f"\n### {title}\n")
-    print_row(*columns)
-    print_row(*("---" for _ in columns))
 
 
 def compare(case: str, runs: Runs, peers: Mapping[str, list[str]], rounds: int, images: int = 1) -> None:
@@ -153,7 +143,7 @@ def stage1(rounds: int) -> None:
 
 
 STEPS = ("official", "plain", "shared", "separate")
-BATCH = 1 if TINY else 2
+BATCH = 1 if TINY else 4
 
 
 def step_of(name: str) -> Callable[[], object]:
@@ -200,29 +190,28 @@ def print_peak(name: str) -> None:
     print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20)
 
 
-def growth(rounds: int) -> None:
-    """Time of a plain step over tokens and depth, beside the operations that `fvar plan` counts."""
-    columns = ("pixels", "tokens", "depth", "seconds", "GFLOP by `fvar plan`", "GFLOP/s")
-    print_head("Growth of a plain stage-2 step, batch 1, width 256", *columns)
-    cases = [(256, 4), (256, 8), (256, 16), (512, 4), (1024, 4)]
-    for pixels, depth in cases[:2] if TINY else cases:
-        with torch.device("meta"):
-            task = student_of(pixels, depth)
-        planned = step_cost(task, None, 1, None).flops
-        run = stage2_step(TINY, 1, "plain", False, (pixels, depth))
+def profile(rounds: int) -> None:
+    """Where the time goes."""
+    print_head("Where the time goes: the operations that take most of the processor", "run", *map(str, range(1, 7)))
+    ours = models(TINY)
+    half = bfloat16(ours)
+    labels = torch.zeros(1, dtype=torch.long)
+    runs: dict[str, Callable[[], object]] = {
+        "generation": lambda: generate(ours.var, ours.vae, labels, seeds=[0]),
+        "generation, bf16": lambda: generate(half.var, half.vae, labels, seeds=[0]),
+    }
+    runs |= {f"stage-2 step, {name}": step_of(name) for name in ("plain", "shared", "plain bf16")}
+    for name, run in runs.items():
         run()
-        time = statistics.median(seconds(run) for _ in range(rounds))
-        print_row(
-            pixels,
-            task.student.layout.length,
-            depth,
-            f"{time:.2f}",
-            f"{planned / 1e9:.1f}",
-            f"{planned / time / 1e9:.0f}",
-        )
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            run()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        whole = sum(event.self_cpu_time_total for event in events)
+        shares = [f"{e.key.removeprefix('aten::')} {e.self_cpu_time_total / whole:.0%}" for e in events[:6]]
+        print_row(name, *shares)
 
 
-PARTS = {part.__name__: part for part in (generation, tokens, stage1, stage2, memory, growth)}
+PARTS = {part.__name__: part for part in (generation, tokens, stage1, stage2, memory, growth, profile)}
 
 
 def machine(threads: int) -> str:

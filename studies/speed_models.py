@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fvar_lightning.activations import saved_bytes
 from fvar_lightning.data.batches import TokenBatch
 from fvar_lightning.schedule import VAR_PATCH_NUMS, FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
@@ -163,14 +164,25 @@ def stage2_step(
 ) -> Callable[[], None]:
     """Ours from cached tokens; `grown`: pixels and depth of a plain one instead."""
     task = make_task(config(tiny).patch_nums, network, config(tiny)) if grown is None else student_of(*grown)
+    trained = [p for p in task.parameters() if p.requires_grad]
+    return stepped(trained, stage2_loss(task, batch), half)
+
+
+def stage2_loss(task: FVARTask, batch: int) -> Callable[[], Tensor]:
+    """Of random tokens."""
     draw = torch.Generator().manual_seed(0)
 
     def maps(vocab: int) -> list[Tensor]:
         return [torch.randint(vocab, (batch, n * n), generator=draw) for n in task.vae.schedule.patch_nums]
 
     tokens = TokenBatch(maps(task.vae.vocab_size), maps(512), torch.zeros(batch, dtype=torch.long))
-    trained = [p for p in task.parameters() if p.requires_grad]
-    return stepped(trained, lambda: task.losses(tokens, torch.Generator().manual_seed(0))["loss"], half)
+    return lambda: task.losses(tokens, torch.Generator().manual_seed(0))["loss"]
+
+
+def stage2_kept(pixels: int, depth: int) -> int:
+    """Bytes that a plain step of one image keeps for its backward pass."""
+    task = student_of(pixels, depth)
+    return saved_bytes(stage2_loss(task, 1), task)
 
 
 def stage1_parts(tiny: bool) -> dict[str, Callable[[], object]]:

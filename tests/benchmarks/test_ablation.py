@@ -1,4 +1,4 @@
-"""The ablation study at a size of seconds: that it runs, goes on, and takes further arms."""
+"""The ablation study at a size of seconds: it runs, goes on and takes further arms, whose students are then sampled."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ STUDIES = Path(__file__).parents[2] / "studies"
 
 
 @pytest.mark.benchmark
-def test_ablation_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablation_runs_and_goes_on_and_its_models_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that is there is made again, and a new arm joins the others."""
     monkeypatch.syspath_prepend(str(STUDIES))
     import ablation
@@ -25,3 +25,15 @@ def test_ablation_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {"report.md", "figures.csv", "inputs.json", "steps.png", "time.png", "samples-0.png"} <= written
     with pytest.raises(SystemExit):
         ablation.main(["scenes128", "--tiny"])
+
+    import sampling
+
+    checkpoint = folder / "arms" / "fvar" / "0" / "steps" / "fvar" / "last.ckpt"
+    command = ["photographs", "--model", str(checkpoint), "--output", str(tmp_path / "sampling"), "--count", "8"]
+    rows = sampling.main(command).splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "default", "bf16", *(f"guidance stops after {n} of 6 scales" for n in (5, 4, 3, 2)), "no guidance",
+    ]  # fmt: skip
+    found = {path: path.stat().st_mtime_ns for path in (tmp_path / "sampling").iterdir()}
+    assert sampling.main(command).splitlines()[2:] == rows
+    assert {path: path.stat().st_mtime_ns for path in found} == found
