@@ -40,7 +40,9 @@ BATCHES = (1,) if TINY else (1, 4, 8)
 Runs = Mapping[str, Callable[[], object]]
 
 
-def compare(case: str, runs: Runs, peers: Mapping[str, list[str]], rounds: int, images: int = 1) -> None:
+def compare(
+    case: str, runs: Runs, peers: Mapping[str, list[str]], rounds: int, images: int = 1, *, warm: bool = False
+) -> None:
     """Print a row of seconds an image for every run, and of how many times its peers take for those that have some.
 
     Args:
@@ -49,8 +51,9 @@ def compare(case: str, runs: Runs, peers: Mapping[str, list[str]], rounds: int, 
         peers: of each run, by name.
         rounds: in each of which every run has its turn.
         images: that a run makes.
+        warm: whether the same code ran before.
     """
-    for run in runs.values():
+    for run in () if warm else runs.values():
         run()
     times = [{name: seconds(run) for name, run in runs.items()} for _ in range(rounds)]
     for name in runs:
@@ -85,7 +88,7 @@ def generation(rounds: int) -> None:
                     it.var, it.vae, y, guidance=g, generator=torch.Generator().manual_seed(0)
                 )
             peers = {"float32": ["official float32"], "bf16": ["official float32", "official bf16 autocast", "float32"]}
-            compare(f"batch {batch}, guidance {guidance}", runs, peers, rounds, batch)
+            compare(f"batch {batch}, guidance {guidance}", runs, peers, rounds, batch, warm=batch > BATCHES[0])
     print(
         f"\nTokens that bf16 changes, drawn after the same tokens with the same noise: {changed_tokens(ours, half):.1%}"
     )
