@@ -52,7 +52,7 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.alias import AliasTokenizerTask
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
-from fvar_lightning.weights.checkpoints import load_tokenizer
+from fvar_lightning.weights.checkpoints import load_initial_weights, load_tokenizer
 from fvar_lightning.weights.identity import file_sha256, weights_sha256
 
 CONF = Path(__file__).parent / "conf"
@@ -602,3 +602,38 @@ def test_curves_run_between_their_extremes() -> None:
     assert orange[:, middle:].any(0).sum() > 0.4 * middle, "a level curve across the right panel"
     with pytest.raises(ValueError, match="panels must not be empty"):
         line_chart({}, "step")
+
+
+@pytest.mark.parametrize("start", [2, 100], ids=["averaged", "not-yet"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_averages_gives_every_run_the_weights_it_needs(
+    start: int, tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    """Before the first average Lightning keeps the weights that training began with in their place."""
+    averaging, last = (
+        EMAWeightAveraging(decay=0.5, use_buffers=False, update_starting_at_step=start), LastCheckpoint(str(tmp_path))
+    )  # fmt: skip
+    trainer = make_trainer(tmp_path, [last, averaging], max_steps=4, max_epochs=-1, enable_checkpointing=True)
+    trainer.fit(make_task(tokenizers), make_data(image_folder))
+    path, name = tmp_path / "last.ckpt", "student.head.weight"
+    checkpoint = torch.load(path, weights_only=True)
+    raw, averaged = checkpoint["current_model_state"][name], checkpoint["state_dict"][name]
+    assert not torch.equal(raw, averaged)
+    judged = averaged if start == 2 else raw
+
+    task = make_task(tokenizers)
+    make_trainer(tmp_path, []).validate(task, make_data(image_folder), ckpt_path=path, verbose=False)
+    assert torch.equal(task.student.head.weight, judged)
+    assert torch.equal(FVARTask.load_from_checkpoint(path).student.head.weight, judged)
+    fresh = make_task(tokenizers).student
+    load_initial_weights(fresh, path)
+    assert torch.equal(fresh.head.weight, judged)
+
+    class Start(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: FVARTask) -> None:
+            self.seen = pl_module.student.head.weight.clone()
+
+    watch = Start()
+    trainer = make_trainer(tmp_path, [watch], max_steps=5, max_epochs=-1)
+    trainer.fit(make_task(tokenizers), make_data(image_folder), ckpt_path=path)
+    assert torch.equal(watch.seen, raw)

@@ -6,6 +6,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -569,6 +570,53 @@ def test_rate_and_decay_are_those_of_official_runs() -> None:
         assert optimizer.param_groups[1]["weight_decay"] == 0
         optimizer.step()
         scheduler.step()
+
+
+def test_a_resumed_run_decays_as_its_own_arguments_say() -> None:
+    """Of the checkpoint it takes how far the run had come."""
+
+    def schedule(steps: int, final: float) -> WarmupLinear:
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3.0, weight_decay=0.05)
+        return WarmupLinear(optimizer, steps, warmup=0.02, final=0.1, weight_decay_final=final)
+
+    first, longer, resumed = schedule(100, 0.2), schedule(1000, 0.9), schedule(1000, 0.9)
+    for scheduler in (first, longer):
+        for _ in range(50):
+            scheduler.optimizer.step()
+            scheduler.step()
+    resumed.load_state_dict(first.state_dict())
+    for scheduler in (longer, resumed):
+        scheduler.optimizer.step()
+        scheduler.step()
+    group, expected = resumed.optimizer.param_groups[0], longer.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (expected["lr"], expected["weight_decay"])
+
+
+@pytest.mark.parametrize(
+    ("task", "argument", "value"),
+    [
+        (FVARTask, "lr_warmup", 1000), (FVARTask, "lr_final", -0.1), (FVARTask, "seed", -1), (FVARTask, "top_p", 95),
+        (FVARTask, "top_k", -1), (FVARTask, "heads", 0), (TokenizerTask, "lr_warmup", 1000),
+        (TokenizerTask, "seed", -1), (AliasTokenizerTask, "schedule", FocusSchedule((16,), focus_states=1)),
+    ],
+)  # fmt: skip
+def test_values_that_would_fail_later_are_refused_at_once(task: type, argument: str, value: Any) -> None:
+    own = {"num_classes": 2, "depth": 1, "width": 8} if task is FVARTask else {}
+    described = [{"kind": kind, "schedule": FocusSchedule((1, 2), focus_states=2)} for kind in ("structure", "alias")]
+    named = {"schedule": "patch_nums", "heads": "width"}.get(argument, argument)
+    with pytest.raises(ValueError, match=f"{named} must"):
+        task(*(described if task is FVARTask else ()), **own | {argument: value})
+
+
+def test_weights_of_half_precision(tmp_path: Path, image_folder: Path, trained: dict[str, Path]) -> None:
+    """Stage 2 trains with them from images too; a codebook's moving averages would stand still in them."""
+    half = "--trainer.precision=bf16-true"
+    fit("fvar.yaml", image_folder, tmp_path, [*stage2_args(trained), half, "--trainer.max_steps=1"])
+    weights = read_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+    assert weights["student.head.weight"].dtype == torch.bfloat16
+    for kind in ("structure", "alias"):
+        with pytest.raises(ValueError, match=r"precision must be 32-true, bf16-mixed or 16-mixed.*got bf16-true"):
+            fit(f"{kind}.yaml", image_folder, tmp_path / kind, [half])
 
 
 def test_accumulated_batches_draw_each_their_own_and_count_as_one_step(

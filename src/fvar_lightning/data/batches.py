@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fvar_lightning.optics.refocus import Views
@@ -18,6 +19,14 @@ class ImageBatch(NamedTuple):
     """L, D and A of every scale at the pixel size of the scale."""
     blurred: list[Tensor]
     """The K focus states at full size, sharpest last, each (B, 3, H, W)."""
+
+
+def in_precision(batch: ImageBatch, dtype: torch.dtype) -> ImageBatch:
+    """The batch with all its pictures in `dtype`."""
+    if batch.images.dtype == dtype:
+        return batch
+    views = Views(*([view.to(dtype) for view in kind] for kind in batch.views))
+    return ImageBatch(batch.images.to(dtype), batch.labels, views, [state.to(dtype) for state in batch.blurred])
 
 
 class TokenBatch(NamedTuple):

@@ -81,6 +81,18 @@ class Noise:
         return noise
 
 
+def check_truncation(top_k: int, top_p: float) -> None:
+    """Refuse values that `truncate` has no meaning for.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must lie in [0, 1] (0: off), got {top_p}")
+
+
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """(B, l, V) logits with all but the `top_k` best, and of these all but the `top_p` mass, at minus infinity.
 
@@ -177,10 +189,7 @@ def sample(
     """f_hat (B, Z, h, w) after every scale; the arguments and errors of `generate`."""
     check_models(var, vae)
     conditional = _any_conditional(labels, var.num_classes)
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must lie in [0, 1] (0: off), got {top_p}")
+    check_truncation(top_k, top_p)
     layout, quantizer = var.layout, vae.quantizer
     strengths = guidance_scales(guidance, layout.num_scales)
     noise = Noise(len(labels), labels.device, seeds, generator)

@@ -57,6 +57,10 @@ class AliasTokenizerTask(Stage1Task):
         compile: bool = False,
     ) -> None:
         schedule = FocusSchedule.of(schedule)
+        if schedule.num_scales < 2:
+            raise ValueError(
+                f"patch_nums must name two scales or more, as the last has no residual, got {schedule.patch_nums}"
+            )
         tokenizer = AliasTokenizer(
             schedule,
             psf=psf,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fvar_lightning.data.sampler import ResumableLoader
+from fvar_lightning.weights.averages import state_of
 
 
 class _Report(NamedTuple):
@@ -63,7 +64,8 @@ class FiniteTask(LightningModule):
         """
         # first: another rank's loss has brought this rank's weights down too
         self._stop_on_all_ranks(self._first_bad_batch())
-        self._stop_on_all_ranks(self._bad_weights(checkpoint["state_dict"]))
+        for weights in (state_of(checkpoint, "raw"), checkpoint["state_dict"]):
+            self._stop_on_all_ranks(self._bad_weights(weights))
 
     def _stop_on_all_ranks(self, reason: str | None) -> None:
         if not self.trainer.strategy.reduce_boolean_decision(reason is not None, all=False):

@@ -15,12 +15,15 @@ from fvar_lightning.tasks.stage2 import Stage2Task
 from fvar_lightning.tasks.training import (
     WarmupLinear,
     batch_generator,
+    check_lr_plan,
+    check_seed,
     parameter_groups,
     ramp,
     training_steps,
 )
 from fvar_lightning.transformer.losses import feature_loss, token_losses
 from fvar_lightning.transformer.teacher import Trunk
+from fvar_lightning.weights.pretrained import check_sampling
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -167,8 +170,9 @@ class FVARTask(Stage2Task):
                 raise ValueError(f"{name} must lie in [0, 1], got {part}")
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
-        if not 0 <= lr_hold <= 1:
-            raise ValueError(f"lr_hold must lie in [0, 1], got {lr_hold}")
+        check_lr_plan(lr_warmup, lr_final, lr_hold)
+        check_seed(seed)
+        check_sampling({"guidance": guidance, "top_k": top_k, "top_p": top_p})
         if weight_decay_final is not None and weight_decay_final < 0:
             raise ValueError(f"weight_decay_final must not be negative, got {weight_decay_final}")
         self.save_hyperparameters(ignore=["optimizer", "compile", "deferred"])

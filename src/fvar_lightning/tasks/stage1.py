@@ -16,9 +16,12 @@ from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.training import (
     WarmupLinear,
     batch_generator,
+    check_lr_plan,
+    check_seed,
     check_views,
     parameter_groups,
     training_steps,
+    use_right_weights,
 )
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.losses import pixel_loss
@@ -59,6 +62,8 @@ class Stage1Task(FiniteTask):
         seed: int,
     ) -> None:
         super().__init__()
+        check_lr_plan(lr_warmup, lr_final)
+        check_seed(seed)
         self.schedule = tokenizer.schedule
         # convolutions run up to three times faster on this layout
         self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
@@ -90,13 +95,25 @@ class Stage1Task(FiniteTask):
     # When they do it
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of other views."""
+        """Refuse a data module of other views, and half-precision weights, in which a codebook's averages stand still.
+
+        Raises:
+            ValueError: naming what differs, or the trainer's precision.
+        """
         check_views(self, self.schedule, self.tokenizer.psf)
+        if str(self.trainer.precision).endswith("16-true"):
+            raise ValueError(
+                f"precision must be 32-true, bf16-mixed or 16-mixed for a tokenizer, got {self.trainer.precision}"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the tokenizer, so that stage 2 and `load_tokenizer` can."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["tokenizer"] = describe(self.tokenizer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Of averaged and last weights, load what the run is to use."""
+        use_right_weights(self._trainer, checkpoint)
 
     def on_train_start(self) -> None:
         """Refuse batches that are too small to initialise the codebook; warn of a run that ends before."""

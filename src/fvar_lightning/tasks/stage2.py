@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch
+from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch, in_precision
 from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
@@ -17,7 +17,7 @@ from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.frozen import Source, at_data_schedule, frozen_tokenizers
 from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
 from fvar_lightning.tasks.tokens import check_cache, hashes, identity
-from fvar_lightning.tasks.training import check_views
+from fvar_lightning.tasks.training import check_views, use_right_weights
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
@@ -157,7 +157,7 @@ class Stage2Task(FiniteTask):
         checkpoint["state_dict"].update(frozen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another student.
+        """Refuse the checkpoint of another student; of averaged and last weights, load what the run is to use.
 
         Raises:
             ValueError: naming the sizes that differ.
@@ -166,6 +166,7 @@ class Stage2Task(FiniteTask):
         if differing := differences(checkpoint.get("networks", {}).get("student", {}), sizes):
             raise ValueError(f"the checkpoint is of another student: {differing}")
         self.tokenizers_sha256 = checkpoint.get("tokenizers_sha256", {})
+        use_right_weights(self._trainer, checkpoint)
 
     def _check_tokens(self) -> None:
         """Refuse tokenizers without weights, and a cache of another's tokens: once weights are loaded.
@@ -194,6 +195,8 @@ class Stage2Task(FiniteTask):
         if isinstance(batch, TokenBatch):
             return batch
         with no_autocast(batch.images):
+            # of a trainer with bf16-true the frozen weights are in half precision too
+            batch = in_precision(batch, self.vae.quant_conv.weight.dtype)
             structure = self.vae.encode(self.vae.inputs(batch.images, batch.views, batch.blurred))
             alias = self.alias_source.encode(batch.views.alias) if self.teacher is not None else []
         return TokenBatch(structure, alias, batch.labels)

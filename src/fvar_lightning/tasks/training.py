@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fvar_lightning.schedule import FocusSchedule
+from fvar_lightning.weights.averages import holds_both, state_of
 
 
 def batch_generator(device: torch.device, *key: int) -> torch.Generator:
@@ -18,6 +21,12 @@ def batch_generator(device: torch.device, *key: int) -> torch.Generator:
     undisturbed one would."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
     return torch.Generator(device).manual_seed(seed)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that `batch_generator` cannot take."""
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
 
 
 def check_views(task: LightningModule, schedule: FocusSchedule, psf: str | None) -> None:
@@ -49,6 +58,20 @@ def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
 _UNDECAYED = ("pos_", "lvl_embed", "ada_gss", "scale_mul", "alias_positions", "alias_levels", "bias")
 
 
+def use_right_weights(trainer: Trainer | None, checkpoint: dict[str, Any]) -> None:
+    """Have a checkpoint that holds averaged weights too load the right ones: a fit that keeps no averages goes on with
+    the last step's; all else takes the averages, where there are any yet. A fit that keeps them takes both by itself.
+
+    For `on_load_checkpoint` of a task, which comes before the weights are loaded.
+    """
+    if not holds_both(checkpoint):
+        return
+    fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    if trainer is not None and fitting and any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        return
+    checkpoint["state_dict"] = state_of(checkpoint, "raw" if fitting else "ema")
+
+
 def training_steps(trainer: Trainer) -> int:
     """Optimiser steps of the whole run.
 
@@ -66,6 +89,19 @@ def ramp(passed: float, start: float, length: float) -> float:
     if passed < start:
         return 0.0
     return min((passed - start) / length, 1.0) if length > 0 else 1.0
+
+
+def check_lr_plan(lr_warmup: float, lr_final: float, lr_hold: float = 0.0) -> None:
+    """Refuse what is no part of a run, or no rate.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    for name, part in (("lr_warmup", lr_warmup), ("lr_hold", lr_hold)):
+        if not 0 <= part <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], a part of the run, got {part}")
+    if lr_final < 0:
+        raise ValueError(f"lr_final must not be negative, got {lr_final}")
 
 
 class WarmupLinear(LambdaLR):
@@ -104,6 +140,11 @@ class WarmupLinear(LambdaLR):
             return final + (1 - final) * min(max(rest, 0.0), 1.0)
 
         super().__init__(optimizer, factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take from a checkpoint how far the run has come; where it goes is this run's own."""
+        own = ("last_step", "weight_decay_final", "weight_decays")
+        super().load_state_dict({name: value for name, value in state_dict.items() if name not in own})
 
     def step(self, epoch: int | None = None) -> None:
         """Go on by a step."""

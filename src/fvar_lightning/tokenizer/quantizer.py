@@ -190,5 +190,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def var_inputs(self, indices: Sequence[Tensor]) -> Tensor:
         """Teacher-forcing input of VAR: S token maps -> (B, L - pn_1^2, C), float32 at least."""
+        if len(self.patch_nums) == 1:
+            return exact(self.codebook(indices[0][:, :0]))
         stages = self.stages(indices[:-1])
         return torch.cat([self.next_input(f_hat, s) for s, f_hat in enumerate(stages)], dim=1)

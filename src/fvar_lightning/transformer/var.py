@@ -105,8 +105,8 @@ class VAR(nn.Module):
             raise ValueError(f"depth must be at least 1, got {depth}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
+        if min(width, heads) < 1 or width % heads:
+            raise ValueError(f"width must be a positive multiple of heads, got width {width} and heads {heads}")
         drop_path_rate = 0.1 * depth / 24 if drop_path_rate is None else drop_path_rate
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")

@@ -18,9 +18,15 @@ def check_which(weights: str) -> None:
         raise ValueError(f"weights must be one of {get_args(Weights)}, got {weights!r}")
 
 
+def holds_both(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the last step's weights lie beside the state dictionary, which then holds the averages, or, before the
+    first of them, the weights that training began with."""
+    return _RAW in checkpoint
+
+
 def has_averages(checkpoint: Mapping[str, Any]) -> bool:
     """Whether training kept averaged weights; not before the first step of which it did."""
-    return _RAW in checkpoint and bool(checkpoint.get("averaging_state", {}).get("n_averaged", True))
+    return holds_both(checkpoint) and bool(checkpoint.get("averaging_state", {}).get("n_averaged", True))
 
 
 def state_of(checkpoint: Mapping[str, Any], weights: Weights) -> dict[str, Tensor]:

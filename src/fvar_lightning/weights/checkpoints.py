@@ -96,7 +96,7 @@ def _read_transformer(path: str | Path, var: VAR) -> tuple[dict[str, Any], dict[
         contents = read_checkpoint(path)
         if "networks" not in contents:
             return read_var(contents, str(path), var.layout.patch_nums)
-        description, weights = contents["networks"].get("student"), part_of(contents["state_dict"], "student")
+        description, weights = contents["networks"].get("student"), part_of(state_of(contents, "ema"), "student")
     if description is None:
         raise ValueError(f"{str(path)!r} holds no transformer")
     return description, weights

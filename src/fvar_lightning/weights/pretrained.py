@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fvar_lightning.atomic import replacing, write_json
-from fvar_lightning.generation.sampling import check_models
+from fvar_lightning.generation.sampling import check_models, check_truncation
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.card import CARD, ModelCard, card_text
@@ -154,12 +154,13 @@ def check_sampling(sampling: Mapping[str, Any] | None) -> dict[str, Any]:
     """A copy of options of `generate`.
 
     Raises:
-        ValueError: naming those that are none of `SAMPLING`.
+        ValueError: naming those that are none of `SAMPLING`, or a value that `generate` would refuse.
     """
-    unknown = sorted(set(sampling or ()) - set(SAMPLING))
-    if unknown:
+    options = dict(sampling or {})
+    if unknown := sorted(set(options) - set(SAMPLING)):
         raise ValueError(f"sampling may hold {', '.join(SAMPLING)}, got {', '.join(unknown)}")
-    return dict(sampling or {})
+    check_truncation(options.get("top_k", 0), options.get("top_p", 0.0))
+    return options
 
 
 def _write(path: Path, var: VAR, vae: VQVAE, config: Mapping[str, Any]) -> None:
