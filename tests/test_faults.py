@@ -39,6 +39,7 @@ from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks import stage1
 from fvar_lightning.tasks.alias import AliasTokenizerTask
+from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.fvar import FVARTask
 
 CONF = Path(__file__).parent / "conf"
@@ -534,6 +535,18 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(
     with pytest.raises(FloatingPointError, match=message):
         trainer.fit(task, make_data(image_folder))
     assert not list(tmp_path.glob("*.ckpt*"))
+
+
+def test_neither_averages_nor_what_lies_beside_them_may_be_not_finite(
+    stage2: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task = make_task(stage2[0])
+    monkeypatch.setattr(task, "_trainer", make_trainer(tmp_path, []))
+    good, bad = {"weight": torch.zeros(1)}, {"weight": torch.tensor([math.nan])}
+    for averages, last in ((good, bad), (bad, good)):
+        with pytest.raises(FloatingPointError, match="1 weights are not finite after step 0"):
+            FiniteTask.on_save_checkpoint(task, {"state_dict": averages, "current_model_state": last})
+    FiniteTask.on_save_checkpoint(task, {"state_dict": good, "current_model_state": good})
 
 
 def test_stage_one_stops_too(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
