@@ -40,12 +40,17 @@ from fvar_lightning.callbacks import (
     SamplePictures,
     StudentEvaluation,
     TokenizerPictures,
+    TokenWriter,
     log_picture,
 )
 from fvar_lightning.callbacks.reconstruction import local_lpips
 from fvar_lightning.cli import main
+from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.data.pixels import to_uint8
+from fvar_lightning.data.sources import Source
+from fvar_lightning.data.streams import HFStream
 from fvar_lightning.data.token_dataset import TokenDataset
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.metrics.pictures import bar_chart, line_chart
 from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.schedule import FocusSchedule
@@ -411,6 +416,66 @@ def test_callbacks_refuse_the_other_task(tokenizers: list[str]) -> None:
     ):
         with pytest.raises(ValueError, match=r"needs a (FVARTask|TokenizerTask)"):
             callback.setup(trainer, task, "fit")
+
+
+@pytest.fixture(scope="module")
+def cached_tokens(tokenizers: list[str], image_folder: Path) -> str:
+    root = Path(tokenizers[0]).parent / "cached"
+    data = make_data(image_folder, predict="tokens", part="val")
+    make_trainer(root, [TokenWriter(str(root / "tokens"))]).predict(make_task(tokenizers), data)
+    return str(root / "tokens")
+
+
+def without_fingerprint(images: Path) -> ImageDataModule:
+    """A data module of one's own."""
+    data = make_data(images)
+    data.find_source = lambda: Source(["blue", "red"], [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)] * 4, [])
+    return data
+
+
+def streaming(images: Path) -> ImageDataModule:
+    data = make_data(images)
+    data.find_source = lambda: Source(["blue", "red"], object.__new__(HFStream), [])
+    return data
+
+
+def of_three_patches(images: Path) -> ImageDataModule:
+    layout = LAYOUT | {"patch_nums": (1, 2, 3)}
+    return ImageDataModule(str(images), image_size=12, schedule=FocusSchedule(**layout), batch_size=2, num_workers=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "message"),
+    [
+        (AliasMetrics, "tokens", "AliasMetrics compares with images, but the batches are TokenBatchs"),
+        (AliasMetrics, of_three_patches, r"image_size must be 4 strides \(16\) or more whole ones, got 12"),
+        (GenerationMetrics, "tokens", "real images come from an ImageDataModule, this run has TokenDataModule"),
+        (GenerationMetrics, streaming, "real 'train' images of a stream cannot be counted out"),
+        (GenerationMetrics, without_fingerprint, "dataset must be one of ImageDataModule, got list"),
+        (
+            lambda: GenerationMetrics(real="val"),
+            lambda images: make_data(images, val_fraction=0.0),
+            "real must name a part with images, 'val' has none",
+        ),
+    ],
+)
+def test_data_that_give_no_figures_are_refused_before_any_training(
+    make: Callable[[], Callback],
+    data: str | Callable[[Path], ImageDataModule],
+    message: str,
+    tokenizers: list[str],
+    cached_tokens: str,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for late in ("training_step", "generate"):
+        monkeypatch.setattr(FVARTask, late, lambda *args, late=late, **options: pytest.fail(f"{late} came first"))
+    made = TokenDataModule(cached_tokens, cached_tokens, 2, 0) if data == "tokens" else data(image_folder)
+    # without num_classes it takes the image size of the data
+    task = FVARTask(*tokenizers, depth=2, width=32, heads=2)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, [make()], num_sanity_val_steps=1).fit(task, made)
 
 
 # two processes
