@@ -34,18 +34,24 @@ from evaluation_worker import (
 )
 from fvar_lightning.callbacks import (
     AliasMetrics,
+    DeviceWeightAveraging,
     GenerationMetrics,
     LastCheckpoint,
     ReconstructionMetrics,
     SamplePictures,
     StudentEvaluation,
     TokenizerPictures,
+    TokenWriter,
     log_picture,
 )
 from fvar_lightning.callbacks.reconstruction import local_lpips
 from fvar_lightning.cli import main
+from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.data.pixels import to_uint8
+from fvar_lightning.data.sources import Source
+from fvar_lightning.data.streams import HFStream
 from fvar_lightning.data.token_dataset import TokenDataset
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.metrics.pictures import bar_chart, line_chart
 from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.schedule import FocusSchedule
@@ -278,7 +284,7 @@ def test_averaged_weights_are_judged_whatever_the_order_of_callbacks(
     first: str, tokenizers: list[str], image_folder: Path, tmp_path: Path
 ) -> None:
     average, raw = Watch(), Watch(weights="raw")
-    averaging = EMAWeightAveraging(decay=0.5, use_buffers=False)
+    averaging = DeviceWeightAveraging(0.5)
     watches = [average, raw]
     callbacks = [*watches, averaging] if first == "watch" else [averaging, *watches]
     # written while training, when raw and averaged weights still differ
@@ -308,7 +314,7 @@ def test_the_end_of_training_is_in_the_last_checkpoint(
     interval: int, tokenizers: list[str], image_folder: Path, tmp_path: Path
 ) -> None:
     """Also with averages, which replace the weights when training has ended."""
-    averaging, last = EMAWeightAveraging(decay=0.5, use_buffers=False), LastCheckpoint(str(tmp_path), interval)
+    averaging, last = DeviceWeightAveraging(0.5), LastCheckpoint(str(tmp_path), interval)
     trainer = make_trainer(tmp_path, [last, averaging], max_steps=11, max_epochs=-1, enable_checkpointing=True)
     trainer.fit(make_task(tokenizers), make_data(image_folder))
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
@@ -322,9 +328,68 @@ def test_the_end_of_training_is_in_the_last_checkpoint(
     assert not torch.equal(raw["student.head.weight"], checkpoint["state_dict"]["student.head.weight"])
 
 
+def test_the_average_lies_where_the_strategy_brings_the_model(
+    tokenizers: list[str], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the model is when the run is set up; also of a student that is built as late as that."""
+
+    class Elsewhere(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("meta"))
+
+    class Built(Exception):
+        pass
+
+    def stop(task: FVARTask, stage: str) -> None:
+        task.to_empty(device="cpu")  # where the trainer takes it at the end
+        raise Built
+
+    monkeypatch.setattr(FVARTask, "setup", stop)
+    averaging = DeviceWeightAveraging()
+    task = FVARTask(*tokenizers, depth=2, width=32, heads=2)
+    with pytest.raises(Built):
+        make_trainer(tmp_path, [Elsewhere(), averaging]).fit(task, make_data(image_folder))
+    average = averaging._average_model
+    assert any(name.startswith("module.student.") for name, _ in average.named_parameters())
+    assert {x.device.type for x in (*average.parameters(), *average.buffers())} == {"meta"}
+
+
+def lightnings_averaging(decay: float) -> EMAWeightAveraging:
+    return EMAWeightAveraging(decay=decay, use_buffers=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(lightnings_averaging, DeviceWeightAveraging), (DeviceWeightAveraging, lightnings_averaging)]
+)
+def test_averages_go_on_from_lightnings_own_and_back(
+    before: Callable[[float], Callback],
+    after: Callable[[float], Callback],
+    tokenizers: list[str],
+    image_folder: Path,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Without averaging the step before once more, as among accumulated batches where the callback's state is lost."""
+
+    def fit(name: str, averaging: Callback, ckpt_path: Path | None = None) -> list[Path]:
+        steps = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=2, save_top_k=-1)
+        options = {"max_steps": 4, "max_epochs": -1, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+        trainer = make_trainer(tmp_path, [averaging, steps], **options)
+        trainer.fit(make_task(tokenizers), make_data(image_folder), ckpt_path=ckpt_path)
+        return [tmp_path / name / f"step={step}.ckpt" for step in (2, 4)]
+
+    half, end = fit("whole", before(0.5))
+    _, resumed_end = fit("resumed", after(0.5), half)
+    assert not [w for w in recwarn if "callbacks used to create the checkpoint" in str(w.message)]
+    whole, resumed = (torch.load(path, weights_only=True) for path in (end, resumed_end))
+    for part in ("state_dict", "current_model_state", "averaging_state"):
+        for name, value in whole[part].items():
+            assert torch.equal(resumed[part][name], value), name
+
+
 def test_frozen_tokenizers_are_not_averaged(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
     """0.9999 x + 0.0001 x is not x, in float32."""
-    averaging, last = EMAWeightAveraging(decay=0.9999, use_buffers=False), LastCheckpoint(str(tmp_path))
+    averaging, last = DeviceWeightAveraging(0.9999), LastCheckpoint(str(tmp_path))
     trainer = make_trainer(tmp_path, [last, averaging], max_steps=4, max_epochs=-1, enable_checkpointing=True)
     trainer.fit(make_task(tokenizers), make_data(image_folder))
     averaged = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
@@ -346,7 +411,7 @@ def test_averages_of_a_tokenizer_begin_after_the_warm_up(image_folder: Path, tmp
     options = {"vocab_size": 8, "z_channels": 4, "ch": 8, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "warmup_steps": 2}
     for start in (3, 100):
         watch, last = Codes(), LastCheckpoint(str(tmp_path / str(start)))
-        averaging = EMAWeightAveraging(decay=0.5, use_buffers=False, update_starting_at_step=start)
+        averaging = DeviceWeightAveraging(0.5, start)
         trainer = make_trainer(
             tmp_path, [watch, last, averaging], max_steps=6, max_epochs=-1, enable_checkpointing=True
         )
@@ -411,6 +476,66 @@ def test_callbacks_refuse_the_other_task(tokenizers: list[str]) -> None:
     ):
         with pytest.raises(ValueError, match=r"needs a (FVARTask|TokenizerTask)"):
             callback.setup(trainer, task, "fit")
+
+
+@pytest.fixture(scope="module")
+def cached_tokens(tokenizers: list[str], image_folder: Path) -> str:
+    root = Path(tokenizers[0]).parent / "cached"
+    data = make_data(image_folder, predict="tokens", part="val")
+    make_trainer(root, [TokenWriter(str(root / "tokens"))]).predict(make_task(tokenizers), data)
+    return str(root / "tokens")
+
+
+def without_fingerprint(images: Path) -> ImageDataModule:
+    """A data module of one's own."""
+    data = make_data(images)
+    data.find_source = lambda: Source(["blue", "red"], [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)] * 4, [])
+    return data
+
+
+def streaming(images: Path) -> ImageDataModule:
+    data = make_data(images)
+    data.find_source = lambda: Source(["blue", "red"], object.__new__(HFStream), [])
+    return data
+
+
+def of_three_patches(images: Path) -> ImageDataModule:
+    layout = LAYOUT | {"patch_nums": (1, 2, 3)}
+    return ImageDataModule(str(images), image_size=12, schedule=FocusSchedule(**layout), batch_size=2, num_workers=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "message"),
+    [
+        (AliasMetrics, "tokens", "AliasMetrics compares with images, but the batches are TokenBatchs"),
+        (AliasMetrics, of_three_patches, r"image_size must be 4 strides \(16\) or more whole ones, got 12"),
+        (GenerationMetrics, "tokens", "real images come from an ImageDataModule, this run has TokenDataModule"),
+        (GenerationMetrics, streaming, "real 'train' images of a stream cannot be counted out"),
+        (GenerationMetrics, without_fingerprint, "dataset must be one of ImageDataModule, got list"),
+        (
+            lambda: GenerationMetrics(real="val"),
+            lambda images: make_data(images, val_fraction=0.0),
+            "real must name a part with images, 'val' has none",
+        ),
+    ],
+)
+def test_data_that_give_no_figures_are_refused_before_any_training(
+    make: Callable[[], Callback],
+    data: str | Callable[[Path], ImageDataModule],
+    message: str,
+    tokenizers: list[str],
+    cached_tokens: str,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for late in ("training_step", "generate"):
+        monkeypatch.setattr(FVARTask, late, lambda *args, late=late, **options: pytest.fail(f"{late} came first"))
+    made = TokenDataModule(cached_tokens, cached_tokens, 2, 0) if data == "tokens" else data(image_folder)
+    # without num_classes it takes the image size of the data
+    task = FVARTask(*tokenizers, depth=2, width=32, heads=2)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, [make()], num_sanity_val_steps=1).fit(task, made)
 
 
 # two processes

@@ -212,6 +212,31 @@ def test_npz_alone_leaves_no_pictures(
     predict(tokenizers, image_folder, tmp_path, output="npz")
 
 
+@pytest.mark.parametrize("output", ["png", "both"])
+def test_pictures_asked_for_later_are_unpacked(
+    output: str, whole: Path, tokenizers: list[str], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a run that goes on where another was interrupted while it unpacked."""
+    predict(tokenizers, image_folder, tmp_path, output="npz")
+    assert not list(tmp_path.rglob("*.png"))
+    monkeypatch.setattr(FVARTask, "generate", None)
+    save, written = SampleFolder._save, []
+
+    def failing(folder: SampleFolder, pixels: np.ndarray, sample: Sample) -> None:
+        if len(written) == 3:
+            raise OSError("disk gone")
+        save(folder, pixels, sample)
+        written.append(sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "_save", failing)
+        with pytest.raises(OSError, match="disk gone"):
+            predict(tokenizers, image_folder, tmp_path, output=output)
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+    predict(tokenizers, image_folder, tmp_path, output=output)
+    assert contents(tmp_path / "samples") == contents(whole)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,4 +1,5 @@
 from .callbacks.alias import AliasMetrics as AliasMetrics
+from .callbacks.averaging import DeviceWeightAveraging as DeviceWeightAveraging
 from .callbacks.checkpoint import LastCheckpoint as LastCheckpoint
 from .callbacks.generation import GenerationMetrics as GenerationMetrics
 from .callbacks.pictures import SamplePictures as SamplePictures

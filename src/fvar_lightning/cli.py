@@ -20,6 +20,7 @@ from fvar_lightning.callbacks import (
     TeacherGap,
     TokenizerPictures,
 )
+from fvar_lightning.callbacks.averaging import DeviceWeightAveraging
 from fvar_lightning.callbacks.checkpoint import LastCheckpoint
 from fvar_lightning.callbacks.tokens import TokenWriter
 from fvar_lightning.callbacks.writers import SampleWriter
@@ -41,6 +42,7 @@ COMPONENTS = (
     SampleWriter,
     TokenWriter,
     LastCheckpoint,
+    DeviceWeightAveraging,
     GenerationMetrics,
     ReconstructionMetrics,
     AliasMetrics,

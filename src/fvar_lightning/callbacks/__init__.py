@@ -1,6 +1,7 @@
-"""Callbacks: evaluation and pictures in validation and test, writers of what is predicted."""
+"""Callbacks: evaluation and pictures in validation and test, writers of what is predicted, checkpoints, averages."""
 
 from fvar_lightning.callbacks.alias import AliasMetrics
+from fvar_lightning.callbacks.averaging import DeviceWeightAveraging
 from fvar_lightning.callbacks.base import StudentEvaluation
 from fvar_lightning.callbacks.checkpoint import LastCheckpoint
 from fvar_lightning.callbacks.files import AtomicCheckpointIO
@@ -15,6 +16,7 @@ from fvar_lightning.callbacks.writers import SampleWriter
 __all__ = [
     "AliasMetrics",
     "AtomicCheckpointIO",
+    "DeviceWeightAveraging",
     "GenerationMetrics",
     "LastCheckpoint",
     "ReconstructionMetrics",

@@ -6,7 +6,8 @@ from lightning import Trainer
 
 from fvar_lightning.callbacks.base import StudentEvaluation, num_batches
 from fvar_lightning.callbacks.loggers import log_pictures
-from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.data.batches import ImageBatch, TokenBatch
+from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.metrics.alias import decibel
 from fvar_lightning.metrics.pictures import line_chart
 from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
@@ -26,6 +27,16 @@ class AliasMetrics(StudentEvaluation):
 
     def __init__(self, num_samples: int = 512, **options: Any) -> None:
         super().__init__(num_samples, **options)
+
+    def prepare(self, trainer: Trainer, task: FVARTask, stage: str) -> None:
+        """Refuse data without images, and what the metrics refuse of the image size.
+
+        Raises:
+            ValueError: saying which.
+        """
+        if isinstance(trainer.datamodule, TokenDataModule):  # type: ignore[attr-defined]
+            raise _no_images(TokenBatch)
+        self.begin(trainer, task)
 
     def begin(self, trainer: Trainer, task: FVARTask) -> None:
         """Metrics without any images."""
@@ -50,7 +61,7 @@ class AliasMetrics(StudentEvaluation):
             ValueError: for batches without images.
         """
         if not isinstance(batch, ImageBatch):
-            raise ValueError(f"AliasMetrics compares with images, but the batches are {type(batch).__name__}s")
+            raise _no_images(type(batch))
         wanted = max(self.num_samples // (len(batch.images) * trainer.world_size), 1)
         if batch_idx % max(int(num_batches(trainer)[0]) // wanted, 1) == 0:
             self.spectrum.update(batch.images, real=True)
@@ -62,6 +73,10 @@ class AliasMetrics(StudentEvaluation):
         values |= {f"grid/{name}": float(grid.compute()) for name, grid in self.grids.items()}
         log_pictures(trainer, {"spectrum": spectra_picture(self.spectrum, "generated")})
         return values
+
+
+def _no_images(batch: type) -> ValueError:
+    return ValueError(f"AliasMetrics compares with images, but the batches are {batch.__name__}s")
 
 
 def spectra_picture(metric: RadialSpectrumDistance, name: str) -> Any:

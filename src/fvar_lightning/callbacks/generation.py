@@ -16,6 +16,7 @@ from fvar_lightning.callbacks.real import (
     Part,
     load_reference,
     on,
+    real_images,
     real_statistics,
     with_features,
 )
@@ -78,7 +79,9 @@ class GenerationMetrics(StudentEvaluation):
         self.seconds: dict[str, float] = {}
 
     def prepare(self, trainer: Trainer, task: FVARTask, stage: str) -> None:
-        """Make the extractor, read the reference."""
+        """Refuse data without real images, unless there is a reference, which is read; make the extractor."""
+        if self.reference is None:
+            real_images(trainer, self.real)
         if self.extractor is None:
             self.extractor = self.make_extractor()
         if self.reference is not None and self.real_name is None:

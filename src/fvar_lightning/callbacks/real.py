@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning import Trainer
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fvar_lightning.callbacks.base import progress
-from fvar_lightning.data.fingerprint import fingerprint
+from fvar_lightning.data.fingerprint import check_kind, fingerprint
 from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.metrics.extractors import FeatureExtractor
 from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics, adm_images, statistics_file
@@ -19,15 +19,12 @@ Part = Literal["train", "val"]
 KEPT_FEATURES = 50_000
 
 
-def real_statistics(
-    trainer: Trainer, extractor: FeatureExtractor, device: torch.device, part: Part, cache: Path
-) -> tuple[Statistics | None, str]:
-    """Statistics of a part of the data module's images (on rank 0 alone, on the CPU), and the name of the data.
-
-    All ranks must call it. Features are kept of every n-th batch, so that there are about `KEPT_FEATURES` at most.
+def real_images(trainer: Trainer, part: Part) -> Any:
+    """A part of the data module's images, each once, cropped as for validation.
 
     Raises:
-        ValueError: without an `ImageDataModule`, without images, or if the file in the cache is broken.
+        ValueError: without an `ImageDataModule`, without images, for the training part of a stream, or for a data set
+            that has no fingerprint.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, ImageDataModule):
@@ -38,6 +35,21 @@ def real_statistics(
     images = data.real_images(part)
     if not len(images):
         raise ValueError(f"real must name a part with images, {part!r} has none")
+    check_kind(images)
+    return images
+
+
+def real_statistics(
+    trainer: Trainer, extractor: FeatureExtractor, device: torch.device, part: Part, cache: Path
+) -> tuple[Statistics | None, str]:
+    """Statistics of a part of the data module's images (on rank 0 alone, on the CPU), and the name of the data.
+
+    All ranks must call it. Features are kept of every n-th batch, so that there are about `KEPT_FEATURES` at most.
+
+    Raises:
+        ValueError: see `real_images`; or if the file in the cache is broken.
+    """
+    data, images = trainer.datamodule, real_images(trainer, part)  # type: ignore[attr-defined]
     size = data.schedule.image_size
     # one rank alone reads the folder, and decides
     name = fingerprint(images) if trainer.is_global_zero else ""

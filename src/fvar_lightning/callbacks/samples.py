@@ -6,6 +6,7 @@ samples.npz                         arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) l
 """
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,7 +98,9 @@ class SampleFolder:
 
     def write(self, image: Tensor, sample: Sample) -> None:
         """(3, H, W) in [-1, 1] -> an 8-bit PNG."""
-        pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+        self._save(to_uint8(image).permute(1, 2, 0).cpu().numpy(), sample)
+
+    def _save(self, pixels: np.ndarray, sample: Sample) -> None:
         with replacing(self.path(sample)) as beside:
             Image.fromarray(pixels).save(beside, format="PNG")
 
@@ -111,8 +114,7 @@ class SampleFolder:
             samples: all of them must be there.
             progress: wraps what takes long.
         """
-        order = np.random.default_rng(ORDER_SEED).permutation(len(samples))
-        shuffled = [samples[i] for i in order]
+        shuffled = _shuffled(samples)
         shape = _pixels(self.path(shuffled[0])).shape
         with replacing(self.npz) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -123,6 +125,24 @@ class SampleFolder:
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.array([sample.label for sample in shuffled], dtype=np.int64))
 
+    def unpack(self, samples: Sequence[Sample], progress: Callable[[Sequence[Any]], Iterable[Any]]) -> None:
+        """Write the pictures that `npz` holds and are not there, one at a time.
+
+        Args:
+            samples: those that were packed.
+            progress: wraps what takes long.
+        """
+        missing = {sample for sample in samples if not _is_whole(self.path(sample))}
+        if not missing:
+            return
+        with zipfile.ZipFile(self.npz) as archive, archive.open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            (_, *shape), _, _ = np.lib.format.read_array_header_1_0(file)
+            for sample in progress(_shuffled(samples)):
+                pixels = np.frombuffer(file.read(math.prod(shape)), dtype=np.uint8)
+                if sample in missing:
+                    self._save(pixels.reshape(shape), sample)
+
     def remove_pictures(self, samples: Iterable[Sample]) -> None:
         """Once they are packed."""
         for sample in samples:
@@ -131,6 +151,11 @@ class SampleFolder:
             folder = self.root / name
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _shuffled(samples: Sequence[Sample]) -> list[Sample]:
+    """In the order of `npz`."""
+    return [samples[i] for i in np.random.default_rng(ORDER_SEED).permutation(len(samples))]
 
 
 def _is_whole(path: Path) -> bool:

@@ -34,7 +34,7 @@ class SampleWriter(BasePredictionWriter):
     Args:
         folder: where to; seen by all ranks.
         output: `png`: pictures; `npz`: one file for the ADM suite, made of pictures that are removed when it is
-            complete; `both`.
+            complete; `both`. Asked for later in the same folder, either is made of the other, without generating.
         sampling: guidance, top_k, top_p, more_smooth in the place of the task's.
         weights: `ema`: averaged weights where training kept them; `raw`: those of the last step.
 
@@ -135,15 +135,18 @@ class SampleWriter(BasePredictionWriter):
             self.folder.write(image, Sample(label, seed))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Pack the images, if all are there and a file is asked for."""
+        """Pack the images, if all are there and a file is asked for; unpack them where pictures are."""
         trainer.strategy.barrier()
         self._complete(trainer)
 
     def _complete(self, trainer: Trainer) -> None:
         assert self.folder is not None
-        if self.output == "png" or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
-        if not self.folder.npz.is_file():
+        if self.folder.npz.is_file():
+            if self.output != "npz":
+                self.folder.unpack(self.samples, lambda steps: progress(trainer, steps, "Unpacking"))
+        elif self.output != "png":
             missing = len(self.samples) - len(self.folder.finished(self.samples))
             if missing:
                 rank_zero_info(f"{missing} of {len(self.samples)} images are missing: {self.folder.npz} is not written")

@@ -22,8 +22,9 @@ def fingerprint(dataset: ImageDataset | PhotographDataset) -> str:
     torchvision data set, whose contents are fixed, on its name, part and labels; of all on the crop.
 
     Raises:
-        ValueError: for a data set of another kind.
+        ValueError: see `check_kind`.
     """
+    check_kind(dataset)
     digest = hashlib.sha256()
     for piece in _pieces(dataset):
         digest.update(piece)
@@ -31,13 +32,21 @@ def fingerprint(dataset: ImageDataset | PhotographDataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_kind(dataset: Any) -> None:
+    """Refuse what has no fingerprint.
+
+    Raises:
+        ValueError: for a data set that is none of those of `ImageDataModule`.
+    """
+    if not isinstance(dataset, PhotographDataset | FolderDataset | HFDataset | TorchvisionDataset):
+        raise ValueError(f"dataset must be one of ImageDataModule, got {type(dataset).__name__}")
+
+
 def _pieces(dataset: Any) -> Iterator[bytes]:
     if isinstance(dataset, PhotographDataset):
         settings = [dataset.size, dataset.crops_per_photograph, dataset.flip, dataset.seed, dataset.validation]
         yield f"photographs {settings} scikit-image {version('scikit-image')}".encode()
         return
-    if not isinstance(dataset, FolderDataset | HFDataset | TorchvisionDataset):
-        raise ValueError(f"dataset must be one of ImageDataModule, got {type(dataset).__name__}")
     yield repr(dataset.transform).encode()
     if isinstance(dataset, FolderDataset):
         root = os.fsencode(dataset.images.root)
