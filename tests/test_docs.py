@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning import Trainer
 
 import fvar_lightning.commands.demo.command
 import fvar_lightning.commands.edit
@@ -167,6 +168,13 @@ def check_extensions(names: dict[str, Any]) -> None:
 
     features = names["Thumbnails"]()(torch.full((2, 3, 16, 16), 7, dtype=torch.uint8)).features
     assert torch.equal(features, torch.full((2, 192), 7.0))
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    contrast = names["Contrast"](num_samples=3, batch_size=2)
+    contrast.generate(trainer, task)
+    images = task.generate(torch.tensor([0, 0, 1]), seeds=[0, 1, 2])
+    expected = images.flatten(1).std(1).mean().item()
+    assert contrast.figures(trainer, task)["contrast"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.usefixtures("model")
