@@ -99,7 +99,7 @@ def check_lr_plan(lr_warmup: float, lr_final: float, lr_hold: float = 0.0) -> No
     """
     for name, part in (("lr_warmup", lr_warmup), ("lr_hold", lr_hold)):
         if not 0 <= part <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], a part of the run, got {part}")
+            raise ValueError(f"{name} must lie in [0, 1], got {part} (a part of the run)")
     if lr_final < 0:
         raise ValueError(f"lr_final must not be negative, got {lr_final}")
 
