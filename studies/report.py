@@ -71,9 +71,9 @@ def text(budgets: Mapping[str, Results], tokenizers: Results, baseline: str) -> 
     del shown["cross_entropy/all"]
     parts = [
         "Mean ± standard deviation (seeds); below it the mean paired difference to "
-        f"`{baseline}` ± its standard error, bold beyond twice that error.",
+        f"`{baseline}`, or to its tokenizer, ± its standard error, bold beyond twice that error.",
         "## Reconstructions of the held-out images",
-        overview(tokenizers, "", shown | DETAIL),
+        overview(tokenizers, ARMS[baseline].tokens, shown | DETAIL),
     ]
     for budget, results in budgets.items():
         parts += [f"## Equal {budget}", overview(results, baseline, MAIN), overview(results, baseline, DETAIL),

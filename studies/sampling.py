@@ -24,6 +24,7 @@ from fvar_lightning.atomic import write_json
 from fvar_lightning.generation.guidance import ramp
 from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.weights.checkpoints import load_fvar_checkpoint
+from fvar_lightning.weights.identity import file_sha256
 
 FIRST = "default"
 """What the other ways are compared with."""
@@ -55,6 +56,12 @@ def main(args: Sequence[str] | None = None) -> str:
     var, vae, info = load_fvar_checkpoint(options.model)
     strength = info.sampling["guidance"] if options.guidance is None else options.guidance
     sampling = {name: info.sampling[name] for name in ("top_k", "top_p")}
+    inputs = {"set": options.set, "model": file_sha256(options.model), "count": options.count, "guidance": strength}
+    inputs_path = options.output / "inputs.json"
+    if not inputs_path.is_file():
+        write_json(inputs_path, inputs)
+    elif (known := json.loads(inputs_path.read_text())) != inputs:
+        parser.error(f"--output {options.output} holds figures of {known}, not of {inputs}")
     real_path = options.output / "real.npz"
     if not real_path.is_file():
         statistics_of(held_out(data_module(options.set, options.images), options.count)).save(real_path)

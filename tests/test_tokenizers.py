@@ -333,3 +333,10 @@ def test_usage_and_signal_to_noise_against_numpy(generator: torch.Generator) -> 
     target = torch.randn(50, generator=generator)
     snr.update([target * 0.9], [target])
     assert snr.compute().item() == pytest.approx(20, abs=1e-4)
+
+
+def test_a_single_scale_reads_nothing() -> None:
+    """There is no token map before it."""
+    sizes = {"vocab_size": 8, "z_channels": 4, "ch": 4, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "norm_groups": 4}
+    vae = VQVAE(FocusSchedule((4,), patch_size=4, focus_states=1), targets="feature", **sizes)
+    assert vae.var_inputs([torch.zeros(2, 16, dtype=torch.long)]).shape == (2, 0, 4)

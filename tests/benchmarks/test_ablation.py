@@ -37,3 +37,5 @@ def test_ablation_runs_and_goes_on_and_its_models_are_sampled(tmp_path: Path, mo
     found = {path: path.stat().st_mtime_ns for path in (tmp_path / "sampling").iterdir()}
     assert sampling.main(command).splitlines()[2:] == rows
     assert {path: path.stat().st_mtime_ns for path in found} == found
+    with pytest.raises(SystemExit):
+        sampling.main([*command, "--guidance", "3"])

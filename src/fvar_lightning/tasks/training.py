@@ -66,10 +66,10 @@ def use_right_weights(trainer: Trainer | None, checkpoint: dict[str, Any]) -> No
     """
     if not holds_both(checkpoint):
         return
-    fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-    if trainer is not None and fitting and any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        return
-    checkpoint["state_dict"] = state_of(checkpoint, "raw" if fitting else "ema")
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        checkpoint["state_dict"] = state_of(checkpoint, "ema")
+    elif not any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        checkpoint["state_dict"] = state_of(checkpoint, "raw")
 
 
 def training_steps(trainer: Trainer) -> int:
