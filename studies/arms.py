@@ -82,4 +82,16 @@ OURS = {
     "full_alone": Arm("full", arguments=ALONE),
 }
 
-ARMS = PAPER | CONTROLS | OURS
+LEVERS = {
+    "next_alias": Arm(arguments=(override("next_alias"),)),
+    "all_alias": Arm(arguments=(override("all_alias"),)),
+    "aligned": Arm(task="levers.AlignedAlias"),
+    "inner_copy": Arm(task="levers.InnerCopy"),
+    "sharper_input": Arm(task="levers.SharperInput"),
+    "soft_targets": Arm(arguments=ALONE, task="levers.SoftTargets"),
+    "corrupted": Arm(arguments=(*ALONE, override("token_corruption"))),
+    "var_corrupted": Arm("feature", "none", (*ALONE, override("token_corruption"))),
+}
+"""What may better it: what the teacher sees, what the student copies, what it reads."""
+
+ARMS = PAPER | CONTROLS | OURS | LEVERS

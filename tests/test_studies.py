@@ -1,20 +1,25 @@
-"""The tables of the studies by hand, and the controls of the ablation against what they stand beside."""
+"""The tables of the studies by hand, and the controls and levers of the ablation against what they stand beside."""
 
 import copy
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from torch import Tensor, nn
 
+from evaluation_worker import LAYOUT as DESCRIPTION
 from evaluation_worker import make_taught_task, write_tokenizers
 from fvar_lightning.cli import main
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.training import batch_generator
-from test_teacher_gap import make_tokens
+from test_teacher_gap import SIDES, make_tokens
 
 STUDIES = Path(__file__).parents[1] / "studies"
+LAYOUT = FocusSchedule(**DESCRIPTION)
+ALONE = {"teacher_loss_weight": 0.0, "feature_weight": 0.0, "logit_weight": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +32,16 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return write_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
-def make_control(name: str, tokenizers: list[str]) -> FVARTask:
+def make_control(name: str, tokenizers: list[str], **options: object) -> FVARTask:
     """With the weights of `make_taught_task`, as far as it has them."""
     import controls
+    import levers
 
     plain = make_taught_task(tokenizers)
-    options = {"num_classes": 2, "depth": 2, "width": 32, "heads": 2}
-    control = getattr(controls, name)(*tokenizers, **options)
+    options = {"num_classes": 2, "depth": 2, "width": 32, "heads": 2} | options
+    control = getattr(controls, name, None) or getattr(levers, name)
+    control = getattr(levers, name, None) or getattr(controls, name)
+    control = control(*tokenizers, **options)
     control.load_state_dict(plain.state_dict(), strict=False)
     return control
 
@@ -83,6 +91,75 @@ def test_self_distillation_is_from_the_average_of_the_student(tokenizers: list[s
         control.average.parameters(), before.parameters(), control.student.parameters(), strict=True
     ):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * own)
+
+
+def gradients_of(term: Tensor, module: nn.Module) -> bool:
+    """Whether a term of the loss moves a module."""
+    found = torch.autograd.grad(term, list(module.parameters()), retain_graph=True, allow_unused=True)
+    return any(g is not None and g.any() for g in found)
+
+
+def test_the_inner_copy_moves_what_lies_before_it(tokenizers: list[str]) -> None:
+    """1 - cosine between the projected middle of the student and the last features of the teacher."""
+    lever, batch = make_control("InnerCopy", tokenizers).train(), make_tokens(4)
+    step = lever.step_inputs(batch)
+    terms = lever.terms(step)
+    trace = lever.student.trace(step.labels, step.inputs)
+    taught = lever.teacher(lever.student, trace, step.labels, step.inputs, step.alias).hidden[-1]
+    own = lever.projector(trace.hidden[1]).double()
+    cosine = (own * taught).sum(-1) / own.norm(dim=-1) / taught.norm(dim=-1)
+    assert terms["feature"].item() == pytest.approx(1 - cosine.mean().item(), rel=1e-5)
+    moved = [lever.projector, lever.student.blocks[0], lever.student.blocks[1], lever.teacher]
+    assert [gradients_of(terms["feature"], module) for module in moved] == [True, True, False, False]
+    torch.testing.assert_close(terms["loss"], terms["student"] + terms["teacher"] + terms["feature"])
+    trained = {id(p) for group in lever.parameters_to_train() for p in group["params"]}
+    assert {id(p) for p in lever.projector.parameters()} < trained
+
+
+def test_the_sharper_input_holds_the_answer(tokenizers: list[str]) -> None:
+    """What the average reads at a scale is f_hat with that scale's own tokens in it."""
+    lever, batch = make_control("SharperInput", tokenizers).train(), make_tokens(4)
+    quantizer, read = lever.vae.quantizer, lever.sharper(torch.cat(batch.structure, 1))
+    stages = quantizer.stages(batch.structure)
+    averaged = [F.adaptive_avg_pool2d(f, n).flatten(2).transpose(1, 2) for f, n in zip(stages, SIDES, strict=True)]
+    torch.testing.assert_close(read, torch.cat(averaged[1:], 1))
+    terms = lever.losses(batch, batch_generator(torch.device("cpu"), 1))
+    moved = [lever.projector, lever.student.blocks[0], lever.student.blocks[1]]
+    assert [gradients_of(terms["feature"], module) for module in moved] == [True, True, False]
+    assert not any(p.requires_grad for p in lever.average.parameters())
+
+
+def test_soft_targets_are_a_gaussian_over_the_codes(tokenizers: list[str]) -> None:
+    lever, batch = make_control("SoftTargets", tokenizers, **ALONE).eval(), make_tokens(4)
+    codes = lever.vae.codebook.embedding.weight.double()
+    squares = (codes[:, None] - codes).square().sum(-1)
+    apart = (squares + 1e9 * torch.eye(8)).min(1).values.mean()
+    weights = (-squares / apart).exp()
+    weights = weights / weights.sum(1, keepdim=True)
+    torch.testing.assert_close(lever.neighbourhood().double(), weights, atol=1e-6, rtol=1e-5)
+    targets = torch.cat(batch.structure, 1)
+    log_probs = lever.student(batch.labels, lever.vae.var_inputs(batch.structure)).double().log_softmax(-1)
+    soft = -(weights[targets] * log_probs).sum(-1).mean()
+    hard = make_control("FVARTask", tokenizers, **ALONE).eval().losses(batch)["student"]
+    assert lever.losses(batch)["loss"].item() == pytest.approx(0.7 * hard.item() + 0.3 * soft.item(), rel=1e-5)
+
+
+def test_an_aligned_teacher_begins_as_the_student_and_looks_at_its_own_place(tokenizers: list[str]) -> None:
+    lever, batch = make_control("AlignedAlias", tokenizers).eval(), make_tokens(4)
+    for block in lever.teacher.blocks:
+        torch.nn.init.zeros_(block.cross.proj.weight)
+    torch.testing.assert_close(lever.losses(batch)["teacher"], lever.losses(batch)["student"])
+    step = lever.step_inputs(batch)
+    alias = step.alias.requires_grad_()
+    for block in lever.teacher.blocks[:1]:
+        torch.nn.init.normal_(block.cross.proj.weight)
+        block.cross.log_bias.data.fill_(5)
+    trace = lever.student.trace(step.labels, step.inputs)
+    gates = lever.teacher.blocks[0].cross(trace.hidden[0], lever.teacher.alias_embed(alias), lever.teacher.reads)
+    corner = LAYOUT.slices[-2].start  # of the last scale that has alias tokens of its own
+    (read,) = torch.autograd.grad(gates[:, corner].square().sum(), alias)
+    strength = read.abs().sum((0, 2))
+    assert strength[corner] > 0.99 * strength.sum()
 
 
 def test_every_arm_names_what_there_is() -> None:

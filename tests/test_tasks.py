@@ -462,6 +462,23 @@ def test_distillation_sets_in_and_rises(
     assert given == [0, 0, 0, 0.25, 1, 0.5, 0.75, 1, 1, 1]
 
 
+def test_tokens_go_wrong_in_training_only(trained: dict[str, Path]) -> None:
+    """Every image draws its share; what is read and what is to be predicted change together, and come again with the
+    same draws."""
+    task = make_task(trained, token_corruption=0.8)
+    batch, seeds = make_tokens(task), [torch.Generator().manual_seed(n) for n in (3, 3, 4)]
+    clean, first, again, other = (task.step_inputs(batch, generator) for generator in (None, *seeds))
+    tokens = torch.cat(list(batch.structure), dim=1)
+    assert torch.equal(clean.targets, tokens)
+    assert torch.equal(clean.inputs, task.vae.var_inputs(batch.structure))
+    assert torch.equal(first.targets, again.targets)
+    assert torch.equal(first.inputs, again.inputs)
+    assert not torch.equal(first.inputs, clean.inputs)
+    assert not torch.equal(first.targets, tokens)
+    assert not torch.equal(first.inputs, other.inputs)
+    assert torch.equal(first.alias, clean.alias)
+
+
 def test_terms_are_the_plain_formulas_in_float64(trained: dict[str, Path]) -> None:
     task = make_task(trained).eval()
     torch.nn.init.normal_(task.teacher.blocks[-1].cross.proj.weight)
@@ -498,6 +515,7 @@ def test_without_weights_there_is_no_teacher(trained: dict[str, Path]) -> None:
         ({"weight_decay_final": -0.1}, "weight_decay_final must not be negative, got -0.1"),
         ({"initial_gain": -1.0}, "initial_gain must not be negative, got -1"),
         ({"distill_start": 1.5}, r"distill_start must lie in \[0, 1\], got 1.5"),
+        ({"token_corruption": 1.5}, r"token_corruption must lie in \[0, 1\], got 1.5"),
         ({"distill_ramp": -0.1}, r"distill_ramp must lie in \[0, 1\], got -0.1"),
         ({"alias_scales": 1, "alias_context": "own_scale"}, "alias_scales must be more than the 1 sharp scales"),
         ({"alias_blocks": 9}, r"alias_blocks must lie in 1..3"),

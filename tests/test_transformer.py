@@ -128,7 +128,7 @@ def test_teacher_starts_as_the_student(kind: dict[str, bool], trunk: str) -> Non
     assert len(taught.hidden) == 2
 
 
-@pytest.mark.parametrize("context", ["causal", "own_scale"])
+@pytest.mark.parametrize("context", ["causal", "own_scale", "next", "all"])
 @pytest.mark.parametrize(("scales", "sharp"), [(1, 0), (3, 0), (2, 1), (3, 2)])
 def test_which_alias_tokens_a_scale_reads(context: str, scales: int, sharp: int) -> None:
     """None of sharp scales, whose residual is zero; own scale only, these scales read nothing at all."""
@@ -151,8 +151,8 @@ def test_which_alias_tokens_a_scale_reads(context: str, scales: int, sharp: int)
         read = gradient.abs().sum(dim=(0, 2)) > 0
         expected = torch.zeros(LAYOUT.length, dtype=torch.bool)
         if s >= LAYOUT.num_scales - scales:
-            first = 0 if context == "causal" else rows.start
-            expected[first : rows.stop] = True
+            stop = {"next": LAYOUT.slices[min(s + 1, 2)].stop, "all": LAYOUT.length}.get(context, rows.stop)
+            expected[rows.start if context == "own_scale" else 0 : stop] = True
             expected[LAYOUT.slices[LAYOUT.num_scales - sharp].start if sharp else LAYOUT.length :] = False
         assert torch.equal(read, expected)
 
@@ -167,7 +167,7 @@ def test_shared_trunk_doubles_only_the_last_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("alias_blocks", 4), ("alias_scales", 0), ("alias_context", "all"), ("trunk", "double"), ("sharp_scales", 3)],
+    [("alias_blocks", 4), ("alias_scales", 0), ("alias_context", "window"), ("trunk", "double"), ("sharp_scales", 3)],
 )
 def test_teacher_refuses(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{argument} must .*{value}"):

@@ -3,7 +3,7 @@
 Legend: B batch, S scales, L tokens of all scales, Z latent channels.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -21,8 +21,9 @@ from fvar_lightning.tasks.training import (
     ramp,
     training_steps,
 )
+from fvar_lightning.tokenizer.corruption import corrupted
 from fvar_lightning.transformer.losses import feature_loss, token_losses
-from fvar_lightning.transformer.teacher import Trunk
+from fvar_lightning.transformer.teacher import AliasContext, Trunk
 from fvar_lightning.weights.pretrained import check_sampling
 
 
@@ -80,7 +81,7 @@ class FVARTask(Stage2Task):
         alias_blocks: how many of the teacher's last blocks read alias tokens.
         alias_scales: on how many of the last scales they do; ``None``: on all.
         alias_context: which alias tokens a token may see: ``causal``: those of its own scale and of earlier ones;
-            ``own_scale``: eq. 9 to the letter.
+            ``own_scale``: eq. 9 to the letter; ``next``: those of the next scale too; ``all``: of every scale.
         sharp_alias: have the teacher read the alias tokens of sharp views too, whose residual is zero: more than a
             third of all, and of them nothing but their position and level.
         teacher_loss_weight: of the teacher's own cross-entropy.
@@ -90,6 +91,8 @@ class FVARTask(Stage2Task):
         distill_start: part of the run after which the student is distilled into; until then it and the teacher learn
             from the tokens alone.
         distill_ramp: part of the run during which the distillation then rises linearly to its weights.
+        token_corruption: largest share of an image's tokens that are replaced by neighbours in training, while the
+            targets after them put it right (`corrupted`); every image draws a share up to it. 0: none.
         label_dropout: probability that a label becomes the class-free one.
         guidance: strength of classifier-free guidance when generating, at the last scale.
         top_k: generating draws from so many of the likeliest tokens; 0: from all.
@@ -128,7 +131,7 @@ class FVARTask(Stage2Task):
         trunk: Trunk = "shared",
         alias_blocks: int = 2,
         alias_scales: int | None = None,
-        alias_context: Literal["causal", "own_scale"] = "causal",
+        alias_context: AliasContext = "causal",
         sharp_alias: bool = False,
         teacher_loss_weight: float = 1.0,
         feature_weight: float = 1.0,
@@ -136,6 +139,7 @@ class FVARTask(Stage2Task):
         feature_blocks: int = 1,
         distill_start: float = 0.0,
         distill_ramp: float = 0.0,
+        token_corruption: float = 0.0,
         label_dropout: float = 0.1,
         guidance: float = 1.5,
         top_k: int = 900,
@@ -168,6 +172,8 @@ class FVARTask(Stage2Task):
         for name, part in (("distill_start", distill_start), ("distill_ramp", distill_ramp)):
             if not 0 <= part <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {part}")
+        if not 0 <= token_corruption <= 1:
+            raise ValueError(f"token_corruption must lie in [0, 1], got {token_corruption}")
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
         check_lr_plan(lr_warmup, lr_final, lr_hold)
@@ -179,7 +185,7 @@ class FVARTask(Stage2Task):
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
-        self.distill_plan = distill_start, distill_ramp
+        self.distill_plan, self.token_corruption = (distill_start, distill_ramp), token_corruption
         self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
         self.prepare(structure_tokenizer, alias_tokenizer, initial_weights, compile=compile, deferred=deferred)
@@ -187,8 +193,8 @@ class FVARTask(Stage2Task):
     def losses(
         self, batch: TokenBatch, generator: torch.Generator | None = None, distillation: float = 1.0
     ) -> dict[str, Tensor]:
-        """All terms, and their weighted sum as ``loss``; where a generator is given it draws which labels and which
-        branches are dropped."""
+        """All terms, and their weighted sum as ``loss``; where a generator is given it draws which labels and branches
+        are dropped, and which tokens go wrong."""
         return self.terms(self.step_inputs(batch, generator, distillation))
 
     def step_inputs(
@@ -202,9 +208,13 @@ class FVARTask(Stage2Task):
             keep = self.student.keep_masks(len(labels), generator)
         if self.teacher is not None:
             alias = self.alias_source.codes(torch.cat(list(batch.alias), dim=1))
-        targets = torch.cat(list(batch.structure), dim=1)
+        if generator is not None and self.token_corruption > 0:
+            shares = self.token_corruption * torch.rand(len(labels), device=labels.device, generator=generator)
+            inputs, structure = corrupted(self.vae.quantizer, batch.structure, shares, generator)
+        else:
+            inputs, structure = self.vae.var_inputs(batch.structure), list(batch.structure)
         factor = torch.full((), distillation, device=labels.device)
-        return StepInputs(labels, self.vae.var_inputs(batch.structure), targets, alias, keep, factor)
+        return StepInputs(labels, inputs, torch.cat(structure, dim=1), alias, keep, factor)
 
     def terms(self, step: StepInputs) -> dict[str, Tensor]:
         """The terms of `losses`: a function of tensors alone."""

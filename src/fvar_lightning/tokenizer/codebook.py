@@ -150,11 +150,19 @@ class Codebook(nn.Module):
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Indices of the nearest codes: (N, C) -> (N,) int64. Under autocast too in the precision of its arguments."""
+        return self._remoteness(vectors).argmin(1)
+
+    def ranked(self, vectors: Tensor, count: int) -> Tensor:
+        """Indices of the nearest codes, nearest first: (N, C) -> (N, count) int64."""
+        return self._remoteness(vectors).topk(count, dim=1, largest=False).indices
+
+    def _remoteness(self, vectors: Tensor) -> Tensor:
+        """(N, C) -> (N, V), the lower the nearer."""
         codes = self.embedding.weight.to(vectors.dtype)
         with no_autocast(vectors):
             if self.cosine:
-                return (vectors @ F.normalize(codes, dim=1).T).argmax(1)
-            return torch.addmm(codes.square().sum(1), vectors, codes.T, alpha=-2).argmin(1)
+                return -(vectors @ F.normalize(codes, dim=1).T)
+            return torch.addmm(codes.square().sum(1), vectors, codes.T, alpha=-2)
 
     def forward(self, indices: Tensor) -> Tensor:
         """(...) indices -> (..., C) codes."""

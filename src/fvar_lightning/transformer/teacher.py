@@ -19,6 +19,7 @@ from fvar_lightning.transformer.layers import AdaLNBlock, merged
 from fvar_lightning.transformer.var import VAR, Condition, Readout, Trace
 
 Trunk = Literal["shared", "detached", "separate"]
+AliasContext = Literal["own_scale", "causal", "next", "all"]
 
 
 class TeacherOutput(NamedTuple):
@@ -113,7 +114,8 @@ class HighFrequencyTeacher(nn.Module):
         alias_channels: Z_a.
         alias_blocks: how many of the last blocks read alias tokens (paper section 4.2: 2).
         alias_scales: how many of the last scales read them; ``None``: all.
-        alias_context: ``causal``: alias tokens of the own scale and earlier ones; ``own_scale``: eq. 9 to the letter.
+        alias_context: which alias tokens a token sees: ``causal``: those of the own scale and earlier ones;
+            ``own_scale``: eq. 9 to the letter; ``next``: those of the next scale too; ``all``: of every scale.
         trunk: ``shared``: only the last `alias_blocks` blocks are doubled, the student's others and its head serve
             both; ``detached``: the same, but no gradient of the teacher's reaches what is the student's; ``separate``:
             a whole second network.
@@ -131,7 +133,7 @@ class HighFrequencyTeacher(nn.Module):
         alias_channels: int,
         alias_blocks: int = 2,
         alias_scales: int | None = None,
-        alias_context: Literal["causal", "own_scale"] = "causal",
+        alias_context: AliasContext = "causal",
         trunk: Trunk = "shared",
         sharp_scales: int = 0,
     ) -> None:
@@ -142,8 +144,8 @@ class HighFrequencyTeacher(nn.Module):
             raise ValueError(f"alias_blocks must lie in 1..{student.depth} (the student's depth), got {alias_blocks}")
         if not 1 <= alias_scales <= layout.num_scales:
             raise ValueError(f"alias_scales must lie in 1..{layout.num_scales}, got {alias_scales}")
-        if alias_context not in ("causal", "own_scale"):
-            raise ValueError(f"alias_context must be 'causal' or 'own_scale', got {alias_context!r}")
+        if alias_context not in get_args(AliasContext):
+            raise ValueError(f"alias_context must be one of {get_args(AliasContext)}, got {alias_context!r}")
         if trunk not in get_args(Trunk):
             raise ValueError(f"trunk must be one of {get_args(Trunk)}, got {trunk!r}")
         if not 0 <= sharp_scales < layout.num_scales:
@@ -153,7 +155,7 @@ class HighFrequencyTeacher(nn.Module):
             )
         self.layout, self.detached = layout, trunk == "detached"
         self.alias_length = layout.slices[layout.num_scales - 1 - sharp_scales].stop
-        self.reads = _reads(layout.slices[-alias_scales:], self.alias_length, causal=alias_context == "causal")
+        self.reads = _reads(layout.slices, alias_scales, self.alias_length, alias_context)
         if not self.reads:
             raise ValueError(
                 f"alias_scales must be more than the {sharp_scales} sharp scales, which have no alias tokens of their "
@@ -220,8 +222,14 @@ class HighFrequencyTeacher(nn.Module):
         return TeacherOutput(hidden, readout)
 
 
-def _reads(slices: Sequence[slice], alias_length: int, *, causal: bool) -> list[Reading]:
-    """Of scales whose tokens lie there: the alias tokens of their own and, if causal, of earlier ones, up to the last
-    that there is; scales without any read nothing."""
-    seen = [slice(0 if causal else s.start, min(s.stop, alias_length)) for s in slices]
-    return [Reading(tokens, alias) for tokens, alias in zip(slices, seen, strict=True) if alias.start < alias.stop]
+def _reads(slices: Sequence[slice], scales: int, alias_length: int, context: AliasContext) -> list[Reading]:
+    """What the tokens of the last `scales` scales see, up to the last alias token that there is; a scale without any
+    reads nothing."""
+    ahead = {"own_scale": 0, "causal": 0, "next": 1, "all": len(slices)}[context]
+    reads = []
+    for scale in range(len(slices) - scales, len(slices)):
+        first = slices[scale].start if context == "own_scale" else 0
+        last = min(slices[min(scale + ahead, len(slices) - 1)].stop, alias_length)
+        if first < last:
+            reads.append(Reading(slices[scale], slice(first, last)))
+    return reads
