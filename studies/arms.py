@@ -83,6 +83,7 @@ OURS = {
 }
 
 LEVERS = {
+    "early": Arm(arguments=(override("early_distillation"),)),
     "next_alias": Arm(arguments=(override("next_alias"),)),
     "all_alias": Arm(arguments=(override("all_alias"),)),
     "aligned": Arm(task="levers.AlignedAlias"),

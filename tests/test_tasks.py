@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning import Trainer
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
@@ -447,19 +448,20 @@ def test_alias_tokens_of_the_sharp_scale_are_read_only_on_demand(trained: dict[s
         assert (task.losses(batch)["teacher"] != task.losses(changed)["teacher"]) == differs
 
 
-def test_distillation_sets_in_and_rises(
+def test_distillation_sets_in_rises_and_ends(
     trained: dict[str, Path], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the run's steps: nothing of it before, all of it after the ramp, and all of it in validation."""
+    """By the run's steps: nothing of it before, a ramp, nothing after its end, and all of it in validation."""
     given = []
     terms = FVARTask.terms
     monkeypatch.setattr(
         FVARTask, "terms", lambda task, step: (given.append(step.distillation.item()), terms(task, step))[1]
     )
-    args = ["--model.distill_start=0.25", "--model.distill_ramp=0.5", "--trainer.max_steps=8"]
+    args = ["--model.distill_start=0.25", "--model.distill_ramp=0.5", "--model.distill_stop=0.75"]
+    args += ["--trainer.max_steps=8"]
     fit("fvar.yaml", image_folder, tmp_path, [*stage2_args(trained), *args])
     # two epochs of four batches, and one of validation after each
-    assert given == [0, 0, 0, 0.25, 1, 0.5, 0.75, 1, 1, 1]
+    assert given == [0, 0, 0, 0.25, 1, 0.5, 0.75, 0, 0, 1]
 
 
 def test_tokens_go_wrong_in_training_only(trained: dict[str, Path]) -> None:
@@ -477,6 +479,24 @@ def test_tokens_go_wrong_in_training_only(trained: dict[str, Path]) -> None:
     assert not torch.equal(first.targets, tokens)
     assert not torch.equal(first.inputs, other.inputs)
     assert torch.equal(first.alias, clean.alias)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_student_and_teacher_are_clipped_apart(trained: dict[str, Path], algorithm: str) -> None:
+    task, optimizer = make_task(trained), torch.optim.SGD([torch.zeros(1)])
+    task._trainer = Trainer(accelerator="cpu", logger=False, gradient_clip_val=2.0, gradient_clip_algorithm=algorithm)
+    optimizer.param_groups[0]["params"] = list(task.parameters())
+    for network, size in ((task.student, 100.0), (task.teacher, 1e-3)):
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+    task.configure_gradient_clipping(optimizer, 2.0, algorithm)
+    norms = [
+        torch.cat([p.grad.flatten() for p in m.parameters()]).double().norm() for m in (task.student, task.teacher)
+    ]
+    before = 1e-3 * sum(p.numel() for p in task.teacher.parameters()) ** 0.5
+    assert norms[1].item() == pytest.approx(min(before, 2) if algorithm == "norm" else before, rel=1e-5)
+    count = sum(p.numel() for p in task.student.parameters())
+    assert norms[0].item() == pytest.approx(2 if algorithm == "norm" else 2 * count**0.5, rel=1e-5)
 
 
 def test_terms_are_the_plain_formulas_in_float64(trained: dict[str, Path]) -> None:
@@ -514,6 +534,7 @@ def test_without_weights_there_is_no_teacher(trained: dict[str, Path]) -> None:
         ({"lr_hold": -0.1}, r"lr_hold must lie in \[0, 1\], got -0.1"),
         ({"weight_decay_final": -0.1}, "weight_decay_final must not be negative, got -0.1"),
         ({"initial_gain": -1.0}, "initial_gain must not be negative, got -1"),
+        ({"distill_start": 0.5, "distill_stop": 0.25}, "distill_stop must not be before distill_start 0.5, got 0.25"),
         ({"distill_start": 1.5}, r"distill_start must lie in \[0, 1\], got 1.5"),
         ({"token_corruption": 1.5}, r"token_corruption must lie in \[0, 1\], got 1.5"),
         ({"distill_ramp": -0.1}, r"distill_ramp must lie in \[0, 1\], got -0.1"),

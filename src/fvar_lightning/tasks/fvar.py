@@ -91,6 +91,7 @@ class FVARTask(Stage2Task):
         distill_start: part of the run after which the student is distilled into; until then it and the teacher learn
             from the tokens alone.
         distill_ramp: part of the run during which the distillation then rises linearly to its weights.
+        distill_stop: part of the run after which nothing is distilled any more.
         token_corruption: largest share of an image's tokens that are replaced by neighbours in training, while the
             targets after them put it right (`corrupted`); every image draws a share up to it. 0: none.
         label_dropout: probability that a label becomes the class-free one.
@@ -139,6 +140,7 @@ class FVARTask(Stage2Task):
         feature_blocks: int = 1,
         distill_start: float = 0.0,
         distill_ramp: float = 0.0,
+        distill_stop: float = 1.0,
         token_corruption: float = 0.0,
         label_dropout: float = 0.1,
         guidance: float = 1.5,
@@ -169,9 +171,12 @@ class FVARTask(Stage2Task):
             )
         if not 1 <= feature_blocks <= alias_blocks:
             raise ValueError(f"feature_blocks must lie in 1..{alias_blocks} (alias_blocks), got {feature_blocks}")
-        for name, part in (("distill_start", distill_start), ("distill_ramp", distill_ramp)):
+        parts = {"distill_start": distill_start, "distill_ramp": distill_ramp, "distill_stop": distill_stop}
+        for name, part in parts.items():
             if not 0 <= part <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {part}")
+        if distill_stop < distill_start:
+            raise ValueError(f"distill_stop must not be before distill_start {distill_start}, got {distill_stop}")
         if not 0 <= token_corruption <= 1:
             raise ValueError(f"token_corruption must lie in [0, 1], got {token_corruption}")
         if not 0 <= label_dropout < 1:
@@ -185,7 +190,7 @@ class FVARTask(Stage2Task):
         self.optimizer_factory = optimizer
         self.teacher_loss_weight, self.feature_weight, self.logit_weight = weights.values()
         self.feature_blocks, self.label_dropout, self.seed = feature_blocks, label_dropout, seed
-        self.distill_plan, self.token_corruption = (distill_start, distill_ramp), token_corruption
+        self.distill_plan, self.token_corruption = tuple(parts.values()), token_corruption
         self.lr_plan = lr_warmup, lr_final, lr_hold, weight_decay_final
         self.sampling = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
         self.prepare(structure_tokenizer, alias_tokenizer, initial_weights, compile=compile, deferred=deferred)
@@ -251,6 +256,19 @@ class FVARTask(Stage2Task):
             self.log(f"val/{name}", value, sync_dist=True, prog_bar=name == "loss", batch_size=batch_size)
 
     test_step = validation_step
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Student and teacher by their own norms: how far one is clipped is not to depend on the other."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value":
+            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        for network in (self.student, self.teacher):
+            if network is not None:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_val)
 
     def parameters_to_train(self) -> list[dict[str, Any]]:
         """Groups for the optimiser."""

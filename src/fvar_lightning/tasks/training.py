@@ -84,9 +84,9 @@ def training_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
-def ramp(passed: float, start: float, length: float) -> float:
-    """0 until the part `start` of a run has passed, then linearly to 1 within the part `length`."""
-    if passed < start:
+def ramp(passed: float, start: float, length: float, stop: float = 1.0) -> float:
+    """0 until the part `start` of a run has passed, then linearly to 1 within the part `length`; 0 from `stop` on."""
+    if not start <= passed < stop:
         return 0.0
     return min((passed - start) / length, 1.0) if length > 0 else 1.0
 
