@@ -157,9 +157,11 @@ class Study:
         cache = self.cache(arm, seed)
         steps = max(round(effort * STAGE_2_STEPS), 2)
         arguments = [f"--model={arm.task}"] if arm.task != "FVARTask" else []
-        arguments += [*STUDENT, *arm.arguments, *self.tokenizers(arm, seed), f"--seed_everything={seed}",
-                      f"--model.seed={seed}", f"--data.path={cache / 'train'}", f"--data.val_path={cache / 'val'}",
-                      f"--data.seed={seed}", f"--data.batch_size={BATCH_SIZE}"]  # fmt: skip
+        tokens = [f"--data.path={cache / 'train'}", f"--data.val_path={cache / 'val'}"]
+        images = [*images_of(self.name, self.images, seed), *OPTICS[TOKENS[arm.tokens][0]]]
+        arguments += [*(tokens if arm.cached else images), f"--data.seed={seed}", f"--data.batch_size={BATCH_SIZE}"]
+        arguments += [*STUDENT, *arm.arguments, *self.tokenizers(arm, seed), f"--seed_everything={seed}"]
+        arguments += [f"--model.seed={seed}"]
         seldom = [f"--trainer.val_check_interval={max(steps // 8, 1)}", "--trainer.limit_val_batches=16"]
         task = train("fvar", folder, effort, [*arguments, *seldom]).model
         figures = self.judge(folder, ARMS[name].tokens, seed, cache / "val")
@@ -167,7 +169,8 @@ class Study:
             figures |= self.gap(folder, arguments)
         curve = read_metrics(folder / "fvar").get("val/student", [])
         figures |= {"steps": steps, "settled": settling(curve)}
-        figures["seconds_per_step"] = seconds_per_step(task, cache / "train", BATCH_SIZE)
+        if arm.cached:
+            figures["seconds_per_step"] = seconds_per_step(task, cache / "train", BATCH_SIZE)
         figures["wall_clock"] = json.loads((folder / "seconds.json").read_text())["fvar"]
         write_json(path, figures)
         return figures

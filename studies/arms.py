@@ -46,6 +46,8 @@ class Arm:
     """Of stage 2."""
     task: str = "FVARTask"
     """Class of stage 2."""
+    cached: bool = True
+    """Whether stage 2 reads tokens from a cache, or images."""
 
 
 ALONE = (override("no_teacher"),)
@@ -86,6 +88,8 @@ LEVERS = {
     "early": Arm(arguments=(override("early_distillation"),)),
     "next_alias": Arm(arguments=(override("next_alias"),)),
     "all_alias": Arm(arguments=(override("all_alias"),)),
+    "from_images": Arm(cached=False),
+    "continuous_alias": Arm(task="levers.ContinuousAlias", cached=False),
     "aligned": Arm(task="levers.AlignedAlias"),
     "inner_copy": Arm(task="levers.InnerCopy"),
     "sharper_input": Arm(task="levers.SharperInput"),

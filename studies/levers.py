@@ -12,6 +12,7 @@ from controls import SelfDistilled
 from einops import rearrange
 from torch import Tensor, nn
 
+from fvar_lightning.data.batches import ImageBatch, TokenBatch
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask, StepInputs
 from fvar_lightning.tasks.sharding import Networks
@@ -145,6 +146,27 @@ def _centres(side: int) -> Tensor:
     """Of the cells of a map over the image's side, (side^2, 2)."""
     middle = (torch.arange(side) + 0.5) / side
     return torch.cartesian_prod(middle, middle)
+
+
+class ContinuousAlias(FVARTask):
+    """A teacher that reads the alias features themselves, before any code takes their place; from images."""
+
+    def tokens(self, batch: ImageBatch | TokenBatch) -> TokenBatch:
+        found = super().tokens(batch)
+        assert isinstance(batch, ImageBatch)
+        tokenizer = self.alias_tokenizer
+        assert tokenizer is not None
+        with torch.no_grad():
+            maps = [tokenizer.encoder(a / tokenizer.std(s)) for s, a in enumerate(batch.views.alias)]
+        return found._replace(alias=[rearrange(z, "b c h w -> b (h w) c") for z in maps])
+
+    def step_inputs(
+        self, batch: TokenBatch, generator: torch.Generator | None = None, distillation: float = 1.0
+    ) -> StepInputs:
+        features = torch.cat(list(batch.alias), dim=1)
+        anything = [torch.zeros_like(z[..., 0], dtype=torch.long) for z in batch.alias]
+        step = super().step_inputs(batch._replace(alias=anything), generator, distillation)
+        return step._replace(alias=features)
 
 
 class AlignedAlias(FVARTask):

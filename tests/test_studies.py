@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from evaluation_worker import LAYOUT as DESCRIPTION
 from evaluation_worker import make_taught_task, write_tokenizers
 from fvar_lightning.cli import main
+from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.training import batch_generator
@@ -142,6 +144,23 @@ def test_soft_targets_are_a_gaussian_over_the_codes(tokenizers: list[str]) -> No
     soft = -(weights[targets] * log_probs).sum(-1).mean()
     hard = make_control("FVARTask", tokenizers, **ALONE).eval().losses(batch)["student"]
     assert lever.losses(batch)["loss"].item() == pytest.approx(0.7 * hard.item() + 0.3 * soft.item(), rel=1e-5)
+
+
+def test_continuous_alias_is_what_the_codes_stand_for(tokenizers: list[str]) -> None:
+    lever = make_control("ContinuousAlias", tokenizers).eval()
+    images = torch.rand(4, 3, LAYOUT.image_size, LAYOUT.image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    refocus = Refocus(LAYOUT)
+    blurred = refocus.blur(images)
+    batch = ImageBatch(images, torch.tensor([0, 1, 1, 0]), refocus.views(images, blurred), blurred)
+    step = lever.step_inputs(lever.tokens(batch))
+    plain = make_taught_task(tokenizers).eval()
+    known = plain.step_inputs(plain.tokens(batch))
+    codebook = lever.alias_tokenizer.codebook
+    nearest = codebook(codebook.nearest(step.alias.flatten(0, 1))).view_as(step.alias)
+    torch.testing.assert_close(nearest, known.alias)
+    assert not torch.equal(step.alias, known.alias)
+    assert torch.equal(step.targets, known.targets)
+    assert torch.equal(step.inputs, known.inputs)
 
 
 def test_an_aligned_teacher_begins_as_the_student_and_looks_at_its_own_place(tokenizers: list[str]) -> None:
