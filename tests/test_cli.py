@@ -153,3 +153,13 @@ def test_a_folder_of_shards_needs_processes_that_shard(
     with pytest.raises(SystemExit):
         run("fit", image_folder, tmp_path, f"--ckpt_path={shards}", *sharding)
     assert "depth must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_missing_gpu_is_an_error_of_one_line(
+    trained: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("fit", image_folder, tmp_path, *tokenizers(trained), "--trainer.accelerator=gpu", "--trainer.devices=1")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: trainer.accelerator 'gpu', devices 1: ")

@@ -10,6 +10,7 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fvar_lightning.callbacks import (
@@ -112,7 +113,8 @@ class FVARCommandLine(LightningCLI):
     before_fit = before_validate = before_test = before_predict = load_weights_only
 
     def instantiate_classes(self) -> None:
-        """Report what a constructor refused, or a source without data, as a command-line error, not as a traceback."""
+        """Report what a constructor refused, a source without data, or a device that is not there as a command-line
+        error, not as a traceback."""
         try:
             super().instantiate_classes()
             if self.subcommand != "predict" or getattr(self.datamodule, "predict", "samples") == "tokens":
@@ -122,6 +124,9 @@ class FVARCommandLine(LightningCLI):
             while root.__cause__ is not None:
                 root = root.__cause__
             self.parser.error(str(root))
+        except MisconfigurationException as error:
+            trainer = self.config[self.subcommand]["trainer"]
+            self.parser.error(f"trainer.accelerator {trainer.accelerator!r}, devices {trainer.devices!r}: {error}")
 
 
 def link_views(parser: LightningArgumentParser) -> None:
