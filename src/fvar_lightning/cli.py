@@ -126,7 +126,7 @@ class FVARCommandLine(LightningCLI):
             self.parser.error(str(root))
         except MisconfigurationException as error:
             trainer = self.config[self.subcommand]["trainer"]
-            self.parser.error(f"trainer.accelerator {trainer.accelerator!r}, devices {trainer.devices!r}: {error}")
+            self.parser.error(f"trainer.accelerator {trainer.accelerator}, devices {trainer.devices}: {error}")
 
 
 def link_views(parser: LightningArgumentParser) -> None:
