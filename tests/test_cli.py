@@ -132,6 +132,15 @@ def test_what_is_no_checkpoint_is_named(
     assert f"checkpoint '{tmp_path / 'broken.ckpt'}' cannot be read as weights" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_is_not_there_is_named_before_what_it_would_hold(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizers of the configuration are not there either."""
+    with pytest.raises(SystemExit, match="2"):
+        run("validate", image_folder, tmp_path, *tokenizers(tmp_path), "--ckpt_path=runs/last.ckpt")
+    assert "error: ckpt_path 'runs/last.ckpt' does not exist" in capsys.readouterr().err
+
+
 def test_another_network_than_the_checkpoints_is_not_loaded(trained: Path, image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the checkpoint is of another student: depth is 2, not 3"):
         run("predict", image_folder, tmp_path, *tokenizers(trained), "--model.depth=3",

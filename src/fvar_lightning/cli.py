@@ -55,6 +55,9 @@ COMPONENTS = (
 )
 """Classes a configuration may name without their module: importing them here is what makes the short names known."""
 
+KEYWORD = re.compile(r"(best|last|hpc|registry(:.*)?)$|\w+://")
+"""What Lightning takes for a checkpoint beside paths: its words, and addresses."""
+
 
 class FVARCommandLine(LightningCLI):
     """LightningCLI in which a task of stage 1 gets the data module's schedule and point-spread function. (That of stage
@@ -80,6 +83,8 @@ class FVARCommandLine(LightningCLI):
             SystemExit: if the file is no checkpoint, or not of this task.
         """
         command = str(self.subcommand)
+        if self.ckpt_path is not None and not Path(self.ckpt_path).exists() and not KEYWORD.match(self.ckpt_path):
+            self.parser.error(f"ckpt_path {self.ckpt_path!r} does not exist")
         if self.ckpt_path is not None and Path(self.ckpt_path).exists():
             self._add_hyper_parameters(command, self.ckpt_path)
             stored = dict(self.config.items())
