@@ -14,7 +14,13 @@ from golden.recipe import CONFIGS, DERIVED, Config, weights
 
 
 def official_modules(repo: str | Path) -> tuple[ModuleType, ModuleType]:
-    """Its ``models.vqvae`` and ``models.var``."""
+    """Its ``models.vqvae`` and ``models.var``.
+
+    Raises:
+        ValueError: if they are not there.
+    """
+    if not (Path(repo) / "models" / "var.py").is_file():
+        raise ValueError(f"VAR_REPO {str(repo)!r} is no checkout of github.com/FoundationVision/VAR: no models/var.py in it")
     sys.path.insert(0, str(repo))
     try:
         return importlib.import_module("models.vqvae"), importlib.import_module("models.var")
