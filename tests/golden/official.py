@@ -20,7 +20,7 @@ def official_modules(repo: str | Path) -> tuple[ModuleType, ModuleType]:
         ValueError: if they are not there.
     """
     if not (Path(repo) / "models" / "var.py").is_file():
-        raise ValueError(f"VAR_REPO {str(repo)!r} is no checkout of github.com/FoundationVision/VAR: no models/var.py in it")
+        raise ValueError(f"VAR_REPO {str(repo)!r} is no checkout of the official code: it has no models/var.py")
     sys.path.insert(0, str(repo))
     try:
         return importlib.import_module("models.vqvae"), importlib.import_module("models.var")
