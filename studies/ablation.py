@@ -42,12 +42,11 @@ from judging import (
     statistics_of,
 )
 from report import plot_arms, plot_gaps, plot_learning, text, write_figures, write_sheet
-from sets import NETWORKS, QUICKSTART, SETS, STUDENT, data_module, held_out, images_of
+from sets import NETWORKS, QUICKSTART, SETS, STUDENT, contents, data_module, held_out, images_of
 
 from fvar_lightning.atomic import replacing, write_json
 from fvar_lightning.callbacks.loggers import read_metrics
 from fvar_lightning.cli import main as run
-from fvar_lightning.data.fingerprint import fingerprint
 from fvar_lightning.metrics.statistics import Statistics
 from fvar_lightning.quickstart import train
 from fvar_lightning.tokenizer.vqvae import VQVAE
@@ -227,7 +226,7 @@ class Study:
         data = data_module(self.name, self.images)
         return {
             "set": self.name,
-            "images": {part: fingerprint(data.real_images(part)) for part in ("train", "val")},
+            "images": {part: contents(data.real_images(part)) for part in ("train", "val")},
             "effort": self.effort,
             "tokenizer_effort": self.tokenizer_effort,
             "crops": self.crops,

@@ -1,5 +1,7 @@
 """The data sets of the studies, at the quickstart's sizes, and their held-out images."""
 
+import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from fvar_lightning import FocusSchedule, ImageDataModule
 from fvar_lightning.cli import configs
-from fvar_lightning.data.datasets import ImageDataset
+from fvar_lightning.data.datasets import FolderDataset, ImageDataset
+from fvar_lightning.data.fingerprint import fingerprint
 from fvar_lightning.data.loaders import Passes
 from fvar_lightning.data.photographs import PHOTOGRAPHS, PhotographDataset
 from fvar_lightning.data.sources import Source
@@ -62,6 +65,16 @@ def data_module(name: str, images: str | None) -> ImageDataModule:
     return FewerImages(
         **place(name, images), image_size=schedule.image_size, schedule=schedule, psf="none", num_workers=0
     )
+
+
+def contents(images: ImageDataset | PhotographDataset) -> str:
+    """16 hexadecimal digits of what a data set holds: of a folder its files, whenever they were written."""
+    if not isinstance(images, FolderDataset):
+        return fingerprint(images)
+    digest = hashlib.sha256(repr(images.transform).encode())
+    for name in images.images.files.tolist():
+        digest.update(name + b"\0" + Path(os.fsdecode(images.images.root), os.fsdecode(name)).read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def held_out(data: ImageDataModule, count: int) -> Tensor:

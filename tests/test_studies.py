@@ -1,6 +1,7 @@
 """The tables of the studies by hand, and the controls and levers of the ablation against what they stand beside."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from evaluation_worker import LAYOUT as DESCRIPTION
 from evaluation_worker import make_taught_task, write_tokenizers
 from fvar_lightning.cli import main
 from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.data.fingerprint import fingerprint
+from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
@@ -188,6 +191,20 @@ def test_every_arm_names_what_there_is() -> None:
         assert TOKENS[arm.tokens][0] in OPTICS
         for argument in arm.arguments:
             assert Path(argument.removeprefix("--config=")).is_file()
+
+
+def test_a_copy_of_a_folder_has_the_same_contents(image_folder: Path, tmp_path: Path) -> None:
+    """Whose fingerprint is another, for the files are newer; with a byte more it is another folder."""
+    from sets import contents
+
+    original = ImageDataModule(str(image_folder)).real_images("train")
+    shutil.copytree(image_folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = ImageDataModule(str(tmp_path / "copy")).real_images("train")
+    assert contents(copy) == contents(original)
+    assert fingerprint(copy) != fingerprint(original)
+    file = next((tmp_path / "copy" / "red").iterdir())
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert contents(copy) != contents(original)
 
 
 def test_every_optics_has_a_schedule_of_the_sets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
