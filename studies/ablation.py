@@ -55,6 +55,8 @@ from fvar_lightning.weights.identity import versions
 
 STAGE_2_STEPS = 400
 """Of the quickstart, at effort 1."""
+ALIAS_EFFORT = 1.0
+"""Of the alias tokenizer at most: a residual that is nearly white has nothing for a longer training to find."""
 MUCH_SLOWER = 1.02
 """Arms whose steps take longer than so many of the baseline's run again for equal time."""
 BATCH_SIZE = 16
@@ -81,7 +83,8 @@ class Study:
         folder = self.folder / "alias" / optics / str(seed)
         if not (done := folder / "done").is_file():
             arguments = [f"--seed_everything={seed}", *images_of(self.name, self.images, seed), *OPTICS[optics]]
-            train("alias", folder, self.tokenizer_effort, [*arguments, "--trainer.limit_val_batches=0"])
+            effort = min(self.tokenizer_effort, ALIAS_EFFORT)
+            train("alias", folder, effort, [*arguments, "--trainer.limit_val_batches=0"])
             done.touch()
         return folder / "alias" / "last.ckpt"
 
