@@ -56,7 +56,7 @@ from fvar_lightning.weights.identity import versions
 STAGE_2_STEPS = 400
 """Of the quickstart, at effort 1."""
 ALIAS_EFFORT = 1.0
-"""Of the alias tokenizer at most: a residual that is nearly white has nothing for a longer training to find."""
+"""Of the alias tokenizer at most: what --tokenizer-effort is to better are the images."""
 MUCH_SLOWER = 1.02
 """Arms whose steps take longer than so many of the baseline's run again for equal time."""
 BATCH_SIZE = 16
