@@ -94,7 +94,7 @@ class Study:
         folder = self.folder / "structure" / tokens / str(seed)
         if not (done := folder / "done").is_file():
             arguments = [f"--seed_everything={seed}", *images_of(self.name, self.images, seed), *OPTICS[optics]]
-            arguments += [f"--model.seed={seed}", *NETWORKS[self.name], *own]
+            arguments += [*own, f"--model.seed={seed}", *NETWORKS[self.name]]
             train("structure", folder, self.tokenizer_effort, [*arguments, "--trainer.limit_val_batches=0"])
             done.touch()
         return folder / "structure" / "last.ckpt"

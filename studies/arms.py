@@ -25,6 +25,10 @@ TOKENS: dict[str, tuple[str, list[str]]] = {
     "lanczos": ("lanczos", []),
     "nyquist": ("nyquist", []),
     "per_scale": ("per_scale", []),
+    "committed": ("disk", ["--model=token_levers.Committed"]),
+    "sharp_committed": ("disk", ["--model=token_levers.SharpCommitted"]),
+    "drawn": ("disk", ["--model=token_levers.Drawn"]),
+    "passing": ("disk", ["--model=token_levers.Passing"]),
 }
 """Structure tokenizers: their optics and arguments of their stage."""
 
@@ -85,6 +89,10 @@ OURS = {
 }
 
 LEVERS = {
+    "committed_alone": Arm("committed", arguments=ALONE),
+    "sharp_committed_alone": Arm("sharp_committed", arguments=ALONE),
+    "drawn_alone": Arm("drawn", arguments=ALONE),
+    "passing_alone": Arm("passing", arguments=ALONE),
     "early": Arm(arguments=(override("early_distillation"),)),
     "next_alias": Arm(arguments=(override("next_alias"),)),
     "all_alias": Arm(arguments=(override("all_alias"),)),
@@ -97,6 +105,6 @@ LEVERS = {
     "corrupted": Arm(arguments=(*ALONE, override("token_corruption"))),
     "var_corrupted": Arm("feature", "none", (*ALONE, override("token_corruption"))),
 }
-"""What may better it: what the teacher sees, what the student copies, what it reads."""
+"""What may better it: how the views' features are tied, what the teacher sees, what the student copies and reads."""
 
 ARMS = PAPER | CONTROLS | OURS | LEVERS

@@ -19,6 +19,7 @@ from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tasks.training import batch_generator
 from test_teacher_gap import SIDES, make_tokens
 
@@ -151,10 +152,7 @@ def test_soft_targets_are_a_gaussian_over_the_codes(tokenizers: list[str]) -> No
 
 def test_continuous_alias_is_what_the_codes_stand_for(tokenizers: list[str]) -> None:
     lever = make_control("ContinuousAlias", tokenizers).eval()
-    images = torch.rand(4, 3, LAYOUT.image_size, LAYOUT.image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    refocus = Refocus(LAYOUT)
-    blurred = refocus.blur(images)
-    batch = ImageBatch(images, torch.tensor([0, 1, 1, 0]), refocus.views(images, blurred), blurred)
+    batch = make_batch()
     step = lever.step_inputs(lever.tokens(batch))
     plain = make_taught_task(tokenizers).eval()
     known = plain.step_inputs(plain.tokens(batch))
@@ -191,6 +189,43 @@ def test_every_arm_names_what_there_is() -> None:
         assert TOKENS[arm.tokens][0] in OPTICS
         for argument in arm.arguments:
             assert Path(argument.removeprefix("--config=")).is_file()
+
+
+def make_batch() -> ImageBatch:
+    images = torch.rand(4, 3, LAYOUT.image_size, LAYOUT.image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    refocus = Refocus(LAYOUT)
+    blurred = refocus.blur(images)
+    return ImageBatch(images, torch.tensor([0, 1, 1, 0]), refocus.views(images, blurred), blurred)
+
+
+@pytest.mark.parametrize("name", ["Committed", "SharpCommitted", "Drawn", "Passing"])
+def test_ties_between_features_by_their_formulas(name: str) -> None:
+    """Beside `TokenizerTask` of the same weights; the blurred views of one get no gradients."""
+    import token_levers
+
+    sizes = {"vocab_size": 8, "z_channels": 4, "ch": 8, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "norm_groups": 2}
+    plain = TokenizerTask(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **sizes)
+    lever = getattr(token_levers, name)(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **sizes)
+    for task in (plain, lever):
+        task.tokenizer.codebook.step()
+        task.load_state_dict(plain.state_dict())
+    batch = make_batch()
+    views = [view.requires_grad_() for view in batch.views.focused]
+    added = lever.run(batch, None).loss - plain.run(batch, None).loss
+    vae = lever.tokenizer
+    z, f_hats = vae.features(views), vae.quantizer.stages(vae.encode(views))
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        return (F.adaptive_avg_pool2d(a, b.shape[-1]) - b).square().mean()
+
+    expected = {
+        "Committed": 0.75 * sum(apart(f, own) for f, own in zip(f_hats, z, strict=True)),
+        "SharpCommitted": 0.25 * sum(apart(z[-1], f) for f in f_hats[:-1]),
+        "Drawn": 0.1 * sum(apart(z[-1], own) for own in z[:-1]),
+    }
+    torch.testing.assert_close(added, expected.get(name, expected["SharpCommitted"]) / len(z))
+    gradients = torch.autograd.grad(lever.run(batch, None).loss, views, materialize_grads=True)
+    assert [bool(g.any()) for g in gradients] == [name != "Passing"] * (len(views) - 1) + [True]
 
 
 def test_a_copy_of_a_folder_has_the_same_contents(image_folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fvar_lightning.tokenizer.losses import (
     perceptual_loss,
     texture_loss,
 )
+from fvar_lightning.tokenizer.quantizer import Quantized
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
 
@@ -191,7 +192,7 @@ class TokenizerTask(Stage1Task):
 
     def run(self, batch: ImageBatch, generator: torch.Generator | None) -> Reconstruction:
         """The image, in training after a random number of scales."""
-        quantized = self.tokenizer(self._inputs(batch, generator))
+        quantized = self.quantize(self._inputs(batch, generator))
         f_hat, target = quantized.stages[-1], batch.images
         if generator is not None and self.scale_dropout > 0:
             scale = self._last_scales(len(target), generator)
@@ -200,6 +201,10 @@ class TokenizerTask(Stage1Task):
             target = torch.stack(batch.blurred)[self.states[scale], rows]
         image = self.tokenizer.decode_features(f_hat)
         return Reconstruction([image], [target], quantized.indices, quantized.loss)
+
+    def quantize(self, inputs: Tensor | list[Tensor]) -> Quantized:
+        """f_hat after every scale, tokens, and the loss on both; what a subclass may add to."""
+        return self.tokenizer(inputs)
 
     def _last_scales(self, batch: int, generator: torch.Generator) -> Tensor:
         """(B,) the scale after which a sample is decoded."""

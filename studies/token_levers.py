@@ -1,0 +1,76 @@
+"""Tasks of stage 1 that the ablation tries: other ties between the features of the views.
+
+Legend: S scales, z_s features of view s, f_hat_s the map after scale s.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tokenizer.quantizer import Quantized
+
+COMMITMENT = 0.25
+"""VAR's, and the quantiser's own."""
+
+
+class Tied(TokenizerTask):
+    """One more term over z_s and f_hat_s, which are apart from that what they are."""
+
+    def quantize(self, inputs: Tensor | list[Tensor]) -> Quantized:
+        features = self.features(inputs)
+        quantized = self.tokenizer.quantizer(features, features)
+        if self.tokenizer.codebook.warming_up:
+            return quantized
+        stages = [f_hat.detach() for f_hat in quantized.stages]
+        return quantized._replace(loss=quantized.loss + self.tie(features, stages) / len(features))
+
+    def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
+        """z_s."""
+        return self.tokenizer.features(inputs)
+
+    def tie(self, features: Sequence[Tensor], stages: Sequence[Tensor]) -> Tensor:
+        """The term, summed over scales.
+
+        Args:
+            features: z_s.
+            stages: f_hat_s, without gradients.
+        """
+        raise NotImplementedError
+
+
+class Committed(Tied):
+    """Every z_s commits to its codes four times as firmly."""
+
+    def tie(self, features: Sequence[Tensor], stages: Sequence[Tensor]) -> Tensor:
+        down = self.tokenizer.quantizer.down
+        errors = [F.mse_loss(z, down(f_hat, s)) for s, (z, f_hat) in enumerate(zip(features, stages, strict=True))]
+        return 3 * COMMITMENT * torch.stack(errors).sum()
+
+
+class SharpCommitted(Tied):
+    """The sharp image's features commit to f_hat after every scale, as in VAR."""
+
+    def tie(self, features: Sequence[Tensor], stages: Sequence[Tensor]) -> Tensor:
+        return COMMITMENT * torch.stack([F.mse_loss(features[-1], f_hat) for f_hat in stages[:-1]]).sum()
+
+
+class Drawn(Tied):
+    """Features of blurred views are drawn to the averages of the sharp image's."""
+
+    weight = 0.1
+
+    def tie(self, features: Sequence[Tensor], stages: Sequence[Tensor]) -> Tensor:
+        sharp, down = features[-1].detach(), self.tokenizer.quantizer.down
+        return self.weight * torch.stack([F.mse_loss(z, down(sharp, s)) for s, z in enumerate(features[:-1])]).sum()
+
+
+class Passing(SharpCommitted):
+    """The encoder learns from the sharp image alone, as VAR's does; the views pass through it without gradients."""
+
+    def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            blurred = self.tokenizer.features(inputs)[:-1]
+        return [*blurred, self.tokenizer.features(inputs)[-1]]
