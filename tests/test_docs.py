@@ -126,6 +126,7 @@ def test_a_wrong_command_does_not_parse(parser: ArgumentParser, monkeypatch: pyt
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working directory holds a small model in `model`, and two tokenizers."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     vae = VQVAE(SMALL, vocab_size=16, z_channels=4, ch=4, ch_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
     vae.codebook.step()
     var = VAR(SMALL.patch_nums, vocab_size=16, z_channels=4, num_classes=2, depth=2, width=16, heads=1)
