@@ -3,7 +3,6 @@
 Legend: B batch, L tokens of all scales, L_a alias tokens that are read, C width, V structure codebook.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask, StepInputs
 from fvar_lightning.tasks.sharding import Networks
 from fvar_lightning.tasks.training import parameter_groups
-from fvar_lightning.transformer.layers import merged
 from fvar_lightning.transformer.losses import token_losses
 from fvar_lightning.transformer.teacher import AliasGatedCrossAttention, Reading
 
@@ -25,26 +23,27 @@ SOFTNESS = 0.3
 """Part of the loss that is on soft targets."""
 
 
-def projector(width: int) -> nn.Module:
-    """From what a student's block holds to what is to be found in it (as in REPA, arXiv 2410.06940)."""
-    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-
-
 def likeness_loss(own: Tensor, known: Tensor) -> Tensor:
     """1 - cosine, averaged over tokens; the second is not moved."""
     return 1 - F.cosine_similarity(own, known.detach(), dim=-1).mean()
 
 
-class InnerCopy(FVARTask):
-    """The teacher's last features are to be found, by a projector, in the student's middle; nothing else is copied."""
+class Projected(FVARTask):
+    """A projector makes of the student's middle what is to be found in it (as in REPA, arXiv 2410.06940)."""
 
     def _networks(self) -> Networks:
         student, teacher = super()._networks()
-        self.projector = projector(student.width)
+        self.projector = nn.Sequential(
+            nn.Linear(student.width, student.width), nn.SiLU(), nn.Linear(student.width, student.width)
+        )
         return student, teacher
 
     def parameters_to_train(self) -> list[dict[str, Any]]:
         return super().parameters_to_train() + parameter_groups([self.projector])
+
+
+class InnerCopy(Projected):
+    """The teacher's last features are to be found, by a projector, in the student's middle; nothing else is copied."""
 
     def terms(self, step: StepInputs) -> dict[str, Tensor]:
         trace = self.student.trace(step.labels, step.inputs, step.keep)
@@ -63,17 +62,9 @@ class InnerCopy(FVARTask):
         return terms
 
 
-class SharperInput(SelfDistilled):
+class SharperInput(Projected, SelfDistilled):
     """The teacher is a moving average of the student that reads the map which holds the answer, that of the next scale:
     what it makes of it in its middle is to be found in the student's."""
-
-    def _networks(self) -> Networks:
-        student, teacher = super()._networks()
-        self.projector = projector(student.width)
-        return student, teacher
-
-    def parameters_to_train(self) -> list[dict[str, Any]]:
-        return super().parameters_to_train() + parameter_groups([self.projector])
 
     def sharper(self, targets: Tensor) -> Tensor:
         """f_hat after every scale but the first, averaged to its size: (B, L) tokens -> (B, L - pn_1^2, Z)."""
@@ -125,21 +116,9 @@ class AlignedCrossAttention(AliasGatedCrossAttention):
 
     distances: Tensor
 
-    def forward(self, x: Tensor, alias: Tensor, reads: Sequence[Reading]) -> Tensor:
-        h = self.norm_x(x)
-        q = rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads)
-        k, v = rearrange(self.kv(self.norm_alias(alias)), "b l (two h d) -> two b h l d", two=2, h=self.heads)
-        bias = -self.log_bias.exp()[:, None, None] * self.distances
-        read = [
-            F.scaled_dot_product_attention(
-                q[:, :, tokens], k[:, :, seen], v[:, :, seen], attn_mask=bias[:, tokens, seen]
-            )
-            for tokens, seen in reads
-        ]
-        first, last = reads[0].tokens.start, reads[-1].tokens.stop
-        cross = self.proj(merged(read))
-        alpha = torch.sigmoid(self.gate(torch.cat((h[:, first:last], cross), dim=-1)))
-        return torch.cat((x[:, :first], x[:, first:last] + alpha * cross, x[:, last:]), dim=1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, reading: Reading) -> Tensor:
+        bias = -self.log_bias.exp()[:, None, None] * self.distances[reading.tokens, reading.seen]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def _centres(side: int) -> Tensor:

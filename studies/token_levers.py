@@ -17,7 +17,7 @@ COMMITMENT = 0.25
 
 
 class Tied(TokenizerTask):
-    """One more term over z_s and f_hat_s, which are apart from that what they are."""
+    """One more term over z_s and f_hat_s, both of which are formed as ever."""
 
     def quantize(self, inputs: Tensor | list[Tensor]) -> Quantized:
         features = self.features(inputs)

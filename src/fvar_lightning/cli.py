@@ -131,7 +131,7 @@ class FVARCommandLine(LightningCLI):
             self.parser.error(str(root))
         except MisconfigurationException as error:
             trainer = self.config[self.subcommand]["trainer"]
-            self.parser.error(f"trainer.accelerator {trainer.accelerator}, devices {trainer.devices}: {error}")
+            self.parser.error(f"{error} (trainer.accelerator {trainer.accelerator}, devices {trainer.devices})")
 
 
 def link_views(parser: LightningArgumentParser) -> None:

@@ -104,7 +104,7 @@ class FVARTask(Stage2Task):
         lr_final: learning rate at the end over its peak.
         weight_decay_final: weight decay at the end, to which the optimiser's changes by half a cosine; ``None``: none
             of it changes.
-        seed: of label dropout and stochastic depth.
+        seed: of label dropout, stochastic depth and wrong tokens.
         compile: the blocks of student and teacher, each by itself, with `torch.compile`: training and validation, not
             sampling. The time to compile does not grow with the depth.
         deferred: build student and teacher when the trainer asks for them (`configure_model`) even if `num_classes` is

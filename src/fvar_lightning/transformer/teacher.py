@@ -67,11 +67,16 @@ class AliasGatedCrossAttention(nn.Module):
         h = self.norm_x(x)
         q = rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads)
         k, v = rearrange(self.kv(self.norm_alias(alias)), "b l (two h d) -> two b h l d", two=2, h=self.heads)
-        read = [F.scaled_dot_product_attention(q[:, :, tokens], k[:, :, seen], v[:, :, seen]) for tokens, seen in reads]
+        read = [self.attend(q[:, :, r.tokens], k[:, :, r.seen], v[:, :, r.seen], r) for r in reads]
         first, last = reads[0].tokens.start, reads[-1].tokens.stop
         cross = self.proj(merged(read))
         alpha = torch.sigmoid(self.gate(torch.cat((h[:, first:last], cross), dim=-1)))
         return torch.cat((x[:, :first], x[:, first:last] + alpha * cross, x[:, last:]), dim=1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, reading: Reading) -> Tensor:
+        """What the tokens of one scale read: queries (B, heads, l, d), keys and values (B, heads, l_a, d) of the
+        alias tokens they see -> (B, heads, l, d)."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class AliasBlock(nn.Module):
