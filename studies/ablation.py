@@ -12,8 +12,8 @@ tokens; the teacher's gap. With --equal-time arms whose steps take longer than t
 steps as take the baseline's time.
 
 Everything is kept as soon as it is done: the same command goes on where it was stopped, with more arms and seeds too,
-and two with different --seeds may run at once. Beside report.md: figures.csv, plots, a picture sheet for each of the
-first seeds, and inputs.json, which says what it was made with.
+and two with different --seeds may run at once. What is written is of the seeds and arms asked for: report.md, beside it
+figures.csv, plots, a picture sheet for each of the first seeds, and inputs.json, which says what all was made with.
 """
 
 import argparse
@@ -238,7 +238,7 @@ class Study:
         }
 
     def write(self, seeds: Sequence[int], names: Sequence[str], baseline: str, sheets: int) -> str:
-        """Tables, plots and sheets of all that is done so far; the tables."""
+        """Tables, plots and sheets of what is done so far of these seeds and arms; the tables."""
         budgets = {
             budget: {name: found for name in names if (found := self.found(name, seeds, budget))}
             for budget in ("steps", "time")
@@ -316,6 +316,9 @@ def main(args: Sequence[str] | None = None) -> str:
         parser.error(f"--images must tell where those of {options.set} lie")
     if options.tiny:
         options.effort, options.tokenizer_effort, options.crops, options.count = 0.01, 0.005, 1, 24
+    uncached = [name for name in (options.baseline, *options.arms) if not ARMS[name].cached]
+    if options.equal_time and uncached:
+        parser.error(f"--equal-time times steps from cached tokens; those of {', '.join(uncached)} read images")
     study = Study(options.set, options.images, options.output / options.set, options.effort, options.tokenizer_effort,
                   options.crops, options.count)  # fmt: skip
     record(study, parser)

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any, cast, get_args
 
 import torch
+from tables import markdown
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -126,11 +127,8 @@ def validation_images(data: ImageDataModule, limit: int | None) -> Tensor:
 def table(rows: dict[str, dict]) -> str:
     """Markdown."""
     figures = list(next(iter(rows.values())))
-    lines = [f"| mask | way | {' | '.join(figures)} |", "|" + "---|" * (len(figures) + 2)]
-    for name, row in rows.items():
-        mask, way = name.split(": ")
-        lines.append(f"| {mask} | {way} | {' | '.join(f'{row[f]:.3g}' for f in figures)} |")
-    return "\n".join(lines)
+    cells = [[*name.split(": "), *(f"{row[figure]:.3g}" for figure in figures)] for name, row in rows.items()]
+    return markdown(["mask", "way", *figures], cells)
 
 
 def picture(mask: str, made: dict[str, Edit], images: Tensor, path: Path) -> None:

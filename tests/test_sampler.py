@@ -33,13 +33,20 @@ def test_training_order_depends_on_seed_and_epoch_and_is_shared_without_overlap(
     assert len({draw for share in shares for draw in share}) == 9
 
 
-def test_evaluation_over_three_ranks_sees_every_sample_exactly_once() -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_evaluation_over_three_ranks_sees_every_sample_exactly_once(mixed: bool) -> None:
     for total in (3, 7, 10, 11, 12):
-        samplers = [EpochSampler(range(total), shuffle=False, num_replicas=3, rank=rank) for rank in range(3)]
+        samplers = [
+            EpochSampler(range(total), shuffle=False, mixed=mixed, num_replicas=3, rank=rank) for rank in range(3)
+        ]
         for sampler in samplers:
+            first = list(sampler)
             sampler.set_epoch(5)  # Lightning does; evaluation is the same in every epoch
-            assert len(sampler) == len(list(sampler))
+            assert len(sampler) == len(first)
+            assert list(sampler) == first
         assert sorted(itertools.chain(*samplers)) == [Draw(0, i) for i in range(total)]
+    order = list(EpochSampler(range(12), shuffle=False, mixed=mixed))
+    assert (order == sorted(order)) != mixed
 
 
 def test_even_batch_size_gives_all_ranks_equally_many_batches() -> None:

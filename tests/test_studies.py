@@ -63,6 +63,8 @@ def test_differences_are_paired_by_seed() -> None:
     # standard deviation 0.5, over the root of 3 seeds
     assert paired(differences(found, baseline, "fd")) == "**-2 ± 0.29** (3)"
     assert paired([-1.0, 1.0]) == "+0 ± 1 (2)"
+    assert paired([1.0, 2.0, 3.0]) == "+2 ± 0.58 (3)", "3.5 errors: of two degrees of freedom t must exceed 4.303"
+    assert paired([1.0, 2.0, 3.0, 3.0]) == "**+2.25 ± 0.48** (4)", "4.7 errors: of three 3.182"
     assert (paired([]), spread([])) == ("-", "-")
 
 

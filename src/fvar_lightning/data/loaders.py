@@ -144,19 +144,22 @@ class SharedLoaders(LightningDataModule):
         return current.processed
 
     def eval_loader(self, dataset: Any, collate: Callable | None = None) -> DataLoader:
-        """Every sample once over all ranks, in order, equally many batches on every rank."""
+        """Every sample once over all ranks, equally many batches on every rank; in an order that is always the same and
+        mixes the classes: `limit_val_batches` leaves some of each, and batches hold more than one."""
         size = even_batch_size(len(dataset), self._ranks["num_replicas"], self.batch_size)
-        return self._in_order(dataset, size, collate)
+        return self._evaluation(dataset, size, collate, mixed=True)
 
     def unfinished_loader(self, rows: Passes) -> DataLoader | list[DataLoader]:
         """The rows in order, less those finished; no loader if none are left. A batch holds the same rows whatever is
         finished."""
         size = even_batch_size(len(rows), self._ranks["num_replicas"], self.batch_size)
         rows.start = 0 if self.finished_rows is None else self.finished_rows(len(rows), size)
-        return self._in_order(rows, size) if len(rows) else []
+        return self._evaluation(rows, size) if len(rows) else []
 
-    def _in_order(self, dataset: Any, batch_size: int, collate: Callable | None = None) -> DataLoader:
-        sampler = EpochSampler(dataset, shuffle=False, **self._ranks)
+    def _evaluation(
+        self, dataset: Any, batch_size: int, collate: Callable | None = None, *, mixed: bool = False
+    ) -> DataLoader:
+        sampler = EpochSampler(dataset, shuffle=False, mixed=mixed, **self._ranks)
         return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._options(collate))
 
     def sample_loader(self) -> DataLoader | list[DataLoader]:
@@ -176,4 +179,4 @@ class SharedLoaders(LightningDataModule):
             finished=self.finished_seeds(),
             together=size * ranks,
         )
-        return self._in_order(requests, size) if len(requests) else []
+        return self._evaluation(requests, size) if len(requests) else []

@@ -24,13 +24,24 @@ class EpochSampler(DistributedSampler[Draw]):
     Args:
         dataset: anything with a length.
         shuffle: training: shuffled by (seed, epoch), the tail dropped so that all ranks have equally many.
-            Otherwise evaluation: in order, every sample exactly once over all ranks, nothing padded, epoch always 0.
-        seed: of the order.
+            Otherwise evaluation: every sample exactly once over all ranks, nothing padded, epoch always 0.
+        mixed: evaluation in one order that is always the same and mixes the classes, so that a batch, and the first
+            batches too, hold images of many. Otherwise in the data set's own.
+        seed: of the order of training.
         num_replicas: ranks.
         rank: this rank, from 0.
     """
 
-    def __init__(self, dataset: Sized, *, shuffle: bool, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Sized,
+        *,
+        shuffle: bool,
+        mixed: bool = False,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
         super().__init__(
             dataset,  # type: ignore[arg-type]  # only its length is asked for
             num_replicas=num_replicas,
@@ -40,14 +51,16 @@ class EpochSampler(DistributedSampler[Draw]):
             drop_last=shuffle,
         )
         self.total = len(dataset)
+        self.mixed = mixed
         self.start = 0
         """Draws the next pass leaves out at its beginning; the pass sets it back to 0."""
 
     def __iter__(self) -> Iterator[Draw]:
         start, self.start = self.start, 0
-        if not self.shuffle:
-            return (Draw(0, i) for i in range(self.rank + start * self.num_replicas, self.total, self.num_replicas))
-        return (Draw(self.epoch, i) for i in self.share(self.epoch)[start:])
+        if self.shuffle:
+            return (Draw(self.epoch, i) for i in self.share(self.epoch)[start:])
+        order = np.random.default_rng(0).permutation(self.total).tolist() if self.mixed else range(self.total)
+        return (Draw(0, i) for i in order[self.rank :: self.num_replicas][start:])
 
     def share(self, epoch: int) -> list[int]:
         """The samples of this rank in an epoch of training, in order."""

@@ -12,8 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-FIRST_ZERO_RATIO = 1.22
-"""A disk of 1.22 s pixels has its first spectral zero at 0.5 / s, the Nyquist limit of down-sampling by s."""
+from fvar_lightning.schedule import ALIAS_FREE_RATIO
 
 LANCZOS_LOBES = 3
 GAUSSIAN_REACH = 5.0
@@ -118,7 +117,7 @@ def lanczos_psf(radius: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
     Args and errors as for `disk_psf`. Returns (n, n), n odd, sum 1.
     """
     _check_radius(radius)
-    factor = radius / FIRST_ZERO_RATIO
+    factor = radius / ALIAS_FREE_RATIO
     if factor <= 1:
         return torch.ones(1, 1, dtype=dtype, device="cpu")
     half = math.ceil(LANCZOS_LOBES * factor) - 1

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 
 from fvar_lightning.planning.cost import Cost
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.sharding import blocks
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,7 @@ def _gathered(task: Any, weight: int) -> int:
     weights of so many bytes, and gradients in float32."""
     if not isinstance(task, FVARTask):
         raise ValueError("trainer.strategy ModelParallelStrategy shards FVARTask only; tokenizers are small: take ddp")
-    blocks = [*task.student.blocks]
-    if task.teacher is not None:
-        blocks += task.teacher.blocks
-        if task.teacher.network is not None:
-            blocks += task.teacher.network.blocks
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(task.student, task.teacher)]
     rest = sum(p.numel() for p in task.parameters() if p.requires_grad) - sum(sizes)
     return (2 * max(sizes) + rest) * (weight + 4)
 
