@@ -112,7 +112,7 @@ class SharedLoaders(LightningDataModule):
         return {"num_workers": workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
 
     @property
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> dict[str, Any]:
         if self.trainer is None:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
