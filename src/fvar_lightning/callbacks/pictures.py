@@ -25,6 +25,9 @@ class SamplePictures(StudentEvaluation):
         per_class: images in a row.
         side: pixels of an image in the picture.
         base_seed, sampling, weights, every_n_epochs: see `StudentEvaluation`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
     """
 
     def __init__(self, classes: int = 6, per_class: int = 4, side: int = 96, **options: Any) -> None:
@@ -59,6 +62,9 @@ class TokenizerPictures(Callback):
     Args:
         num_images: shown, the first of the loop.
         side: pixels of an image in the picture.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
     """
 
     def __init__(self, num_images: int = 4, side: int = 96) -> None:

@@ -42,6 +42,9 @@ class ReconstructionMetrics(Callback):
     Args:
         extractor: makes the extractor.
         lpips: network of LPIPS, from torch's hub folder; None for none.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
     """
 
     def __init__(

@@ -32,9 +32,9 @@ class TeacherGap(Callback):
     In every validation and test, under ``val/`` or ``test/``, each with ``/all`` and ``/1x1``, ``/2x2``, ...:
 
     - ``teacher_gap``: cross-entropy of the student less that of the teacher, in nats a token
-    - ``teacher_gap_shuffled``: the same with the alias tokens of another image of the batch: what the teacher has
-      ahead of the student without knowing the image's alias, less what wrong alias tokens cost it. Only what the gap
-      lies above it is owed to the alias tokens
+    - ``teacher_gap_shuffled``: the same with the alias tokens of another image of the batch, mostly one of another
+      class: what the teacher has ahead of the student without knowing the image's alias, less what wrong alias tokens
+      cost it. Only what the gap lies above it is owed to the alias tokens
     - ``teacher_gate``: mean of the gate alpha of eq. 10 over alias blocks and channels; 0 where a scale reads none
 
     Beside the loggers' pictures of them, the last figures are in ``teacher_gap.csv`` in the logger's folder. It takes

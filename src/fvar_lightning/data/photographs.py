@@ -67,6 +67,10 @@ class PhotographDataset(Dataset[tuple[Tensor, int]]):
         flip: mirror half of the crops.
         seed: crops depend on (seed, epoch, index) alone.
         validation: other crops than those of training, of the same photographs, the same in every epoch.
+
+    Raises:
+        ImportError: without scikit-image.
+        ValueError: naming the argument, its value and what is accepted.
     """
 
     def __init__(

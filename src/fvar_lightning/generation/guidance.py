@@ -1,4 +1,7 @@
-"""Strengths of classifier-free guidance at every scale, for `generate(..., guidance=...)`."""
+"""Strengths of classifier-free guidance at every scale, for `generate(..., guidance=...)`.
+
+With strength t logits are (1 + t) conditional - t unconditional: 0 is no guidance. A list holds one for each scale.
+"""
 
 
 def ramp(strength: float, num_scales: int) -> list[float]:

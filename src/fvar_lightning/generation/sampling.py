@@ -56,6 +56,9 @@ class Noise:
 
     A categorical draw is argmax(p / noise), as `torch.multinomial` computes a single draw; so one generator
     reproduces a batch of the official code, and a seed per image gives what that code makes of the image alone.
+
+    Raises:
+        ValueError: if both are given, or seeds of another number than images.
     """
 
     def __init__(

@@ -152,6 +152,11 @@ def generation_figures(generated: Statistics, real: Statistics, neighbours: int 
     With Inception: ``fid_inception``, ``kid_inception``, ``is_inception``, ``precision_inception``,
     ``recall_inception``. With any other extractor ``fd_<name>``, ``kd_<name>``, ``is_<name>``, ...: not FID.
 
+    Args:
+        generated, real: of the same extractor and resolution.
+        neighbours: k of precision and recall.
+        seed: of the shuffling before the inception score's splits.
+
     Raises:
         ValueError: statistics of another extractor or resolution.
     """

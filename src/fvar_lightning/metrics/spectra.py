@@ -43,6 +43,9 @@ class RadialSpectrumDistance(Metric):
 
     Args:
         image_size: N, even.
+
+    Raises:
+        ValueError: if N is odd or below 8; of `update` if the images have another size.
     """
 
     is_differentiable = False

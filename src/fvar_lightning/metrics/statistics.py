@@ -83,7 +83,11 @@ class Statistics:
 
 
 def adm_images(path: str | Path) -> np.ndarray:
-    """The images of an ADM reference batch or sample file: uint8 (N, H, W, 3)."""
+    """The images of an ADM reference batch or sample file: uint8 (N, H, W, 3).
+
+    Raises:
+        ValueError: if the file holds no images of that suite.
+    """
     with np.load(path, allow_pickle=False) as file:
         if "arr_0" not in file.files:
             raise ValueError(f"{path} is no batch of the ADM suite: it has {file.files}, not arr_0")

@@ -33,6 +33,9 @@ class AliasTokenizerTask(Stage1Task):
         lr_warmup: part of the run during which the learning rate rises.
         lr_final: learning rate at the end over its peak.
         compile: encoder and decoder with `torch.compile`. The codebook stays as it is.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
     """
 
     tokenizer: AliasTokenizer

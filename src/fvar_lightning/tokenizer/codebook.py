@@ -83,6 +83,10 @@ class Codebook(nn.Module):
         revive_after: steps without a use after which a code is replaced.
         cosine: look up by the angle between vector and code instead of their distance. The codes themselves remain
             means of vectors, of any length.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted; at the end of the warm-up if a batch has fewer
+            vectors than there are codes to set.
     """
 
     def __init__(

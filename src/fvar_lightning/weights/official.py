@@ -79,6 +79,9 @@ def load_vae(
         patch_nums: side of every token map, see `load_var_checkpoint`.
         schedule: in its place, a whole schedule: next-focus tokens of the official tokenizer.
         targets: what the tokens stand for, see `VQVAE`.
+
+    Raises:
+        ValueError: if the file holds other weights, or those of another number of scales.
     """
     weights = network_weights(contents, "tokenizer", source)
     sizes = _sizes(autoencoder_sizes, weights, source)
