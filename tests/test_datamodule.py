@@ -93,6 +93,22 @@ def test_validation_sees_every_image_once_over_three_ranks_in_equally_many_batch
     assert sorted(map(hash, map(bytes, pixels.numpy()))) == sorted(map(hash, map(bytes, whole.numpy())))
 
 
+def test_a_task_of_slurm_has_its_cores_to_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
+
+    def workers() -> int:
+        data = module(folder, num_workers=None)
+        data.trainer = SimpleNamespace(num_devices=8)
+        return data._options(None)["num_workers"]
+
+    assert workers() == 0, "twelve cores for eight GPUs"
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert workers() == 8
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert workers() == 3
+
+
 def test_validation_mixes_classes_in_the_same_order_every_time(tmp_path: Path) -> None:
     for name in ("ant", "bee", "cat"):
         (tmp_path / name).mkdir()

@@ -2,11 +2,13 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 
 from evaluation_worker import LAYOUT, make_data, make_trainer, sgd, write_tokenizers
 from fvar_lightning.callbacks.tokens import TokenWriter
@@ -145,6 +147,13 @@ def test_other_classes_than_the_data_modules_are_refused(tokenizers: list[str], 
     task = FVARTask(*tokenizers, num_classes=5, depth=2, width=32, heads=2, optimizer=sgd)
     with pytest.raises(ValueError, match="num_classes must be the data module's 2, got 5"):
         make_trainer(image_folder, [], logger=False).fit(task, make_data(image_folder))
+
+
+def test_fsdp1_which_clips_every_shard_by_its_own_norm_is_refused(tokenizers: list[str]) -> None:
+    task = FVARTask(*tokenizers, num_classes=2, depth=2, width=32, heads=2)
+    task.trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(ValueError, match=r"must be ModelParallelStrategy .*fsdp2_bf16.yaml, got FSDPStrategy"):
+        task.setup("fit")
 
 
 def test_classes_that_nobody_tells_are_missed(tokenizers: list[str], tmp_path: Path) -> None:

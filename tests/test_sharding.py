@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision
+from fvar_lightning.tasks.training import compile_each
 from fvar_lightning.transformer.losses import feature_loss, token_losses
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 from fvar_lightning.transformer.var import VAR
@@ -102,3 +103,20 @@ def test_compiling_leaves_the_names_of_weights_alone() -> None:
 def test_half_precision_with_a_scaler_is_refused() -> None:
     with pytest.raises(ValueError, match="precision must be one of 32-true, bf16-mixed, bf16-true"):
         mixed_precision("16-mixed")
+
+
+def test_one_graph_serves_all_sizes_under_ddp(mesh: DeviceMesh) -> None:
+    """Ten views would exceed dynamo's limit of eight graphs, after which nothing is compiled."""
+    torch.compiler.reset()
+    encoder = nn.Sequential(nn.Conv2d(3, 600, 1), nn.SiLU(), nn.Conv2d(600, 600, 1), nn.SiLU(), nn.Conv2d(600, 600, 1))
+    graphs = []
+
+    def remember(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compile_each([encoder], dynamic=True, backend=remember)
+    shared = nn.parallel.DistributedDataParallel(encoder)
+    for side in range(4, 14):
+        shared(torch.randn(2, 3, side, side)).sum().backward()
+    assert len(graphs) == 1

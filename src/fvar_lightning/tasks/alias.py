@@ -9,6 +9,7 @@ from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import SignalToNoise
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
+from fvar_lightning.tasks.training import compile_each
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
 
@@ -90,8 +91,7 @@ class AliasTokenizerTask(Stage1Task):
         self.hparams["schedule"] = asdict(schedule)
         self.snr = SignalToNoise(self.scales)
         if compile:
-            for part in (tokenizer.encoder, tokenizer.decoder):
-                part.compile(dynamic=True)  # one size a scale
+            compile_each([tokenizer.encoder, tokenizer.decoder], dynamic=True)  # one size a scale
 
     def run(self, batch: ImageBatch, generator: torch.Generator | None) -> Reconstruction:
         """The residuals of all scales but the last."""

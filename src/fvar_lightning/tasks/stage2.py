@@ -6,6 +6,7 @@ Legend: B batch, S scales.
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch, in_precision
@@ -17,7 +18,7 @@ from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.frozen import Source, at_data_schedule, frozen_tokenizers
 from fvar_lightning.tasks.sharding import Networks, blocks, build_sharded, gathered, mixed_precision, shard
 from fvar_lightning.tasks.tokens import check_cache, hashes, identity
-from fvar_lightning.tasks.training import check_views, use_right_weights
+from fvar_lightning.tasks.training import check_views, compile_each, use_right_weights
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
@@ -96,8 +97,7 @@ class Stage2Task(FiniteTask):
                 **options("alias_blocks", "alias_scales", "alias_context", "trunk"),
             )
         if self.compile_blocks:
-            for block in blocks(student, teacher):
-                block.compile()
+            compile_each(blocks(student, teacher))
         return student, teacher
 
     @property
@@ -137,9 +137,14 @@ class Stage2Task(FiniteTask):
         self.hparams["class_names"] = self.hparams["class_names"] or list(names)
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of other views or classes."""
+        """Refuse a data module of other views or classes, and FSDP1, which would clip every shard by its own norm."""
         self.follow_data()
         check_views(self, self.vae.schedule, self.alias_source.psf)
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy must be ModelParallelStrategy (FSDP2) to shard the networks, see "
+                "configs/trainer/fsdp2_bf16.yaml, got FSDPStrategy"
+            )
         data = getattr(self.trainer, "datamodule", None)
         # images to generate need no images, and so nobody to list them
         asks_for_samples = stage == "predict" and getattr(data, "predict", "samples") == "samples"

@@ -13,6 +13,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
+from fvar_lightning.tasks.training import compile_each
 from fvar_lightning.tokenizer.losses import (
     TEXTURE_WINDOW,
     Discriminator,
@@ -162,9 +163,8 @@ class TokenizerTask(Stage1Task):
         self.psnr = PeakSignalNoiseRatio(data_range=2.0)
         if compile:
             # views have as many sizes as there are scales
-            tokenizer.encoder.compile(dynamic=True if targets == "view" else None)
-            for part in (tokenizer.decoder.mid, tokenizer.decoder.up):
-                part.compile()
+            compile_each([tokenizer.encoder], dynamic=True if targets == "view" else None)
+            compile_each([tokenizer.decoder.mid, tokenizer.decoder.up])
 
     def setup(self, stage: str) -> None:
         """Refuse a data module of other views; for a fit, load the network of the perceptual loss."""

@@ -84,6 +84,17 @@ def training_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
+def compile_each(modules: Iterable[nn.Module], **options: Any) -> None:
+    """`torch.compile` every module by itself when it first runs; takes what that takes.
+
+    Under DDP dynamo would split the graphs at the buckets of gradients, for which these are too small, and thereby
+    forget ``dynamic`` and, in older releases, refuse checkpointed activations: for the process this is switched off.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    for module in modules:
+        module.compile(**options)
+
+
 def ramp(passed: float, start: float, length: float, stop: float = 1.0) -> float:
     """0 until the part `start` of a run has passed, then linearly to 1 within the part `length`; 0 from `stop` on."""
     if not start <= passed < stop:
