@@ -1,6 +1,6 @@
 """Editing: what is kept is kept, what is forced is forced, what is new is the student's."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -306,20 +306,20 @@ class Colours(torch.nn.Module):
         return images.float().mean((2, 3))
 
 
-def study() -> ModuleType:
-    path = Path(__file__).parents[1] / "studies" / "editing.py"
-    spec = importlib.util.spec_from_file_location("editing_study", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "studies")
+    return importlib.import_module("editing")
 
 
 def test_study_runs_and_goes_on(
-    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: ModuleType,
+    tmp_path: Path,
+    image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    var, vae, editing = make_var(), make_vae("view"), study()
+    var, vae, editing = make_var(), make_vae("view"), study
     networks = {"student": var, "vae": vae}
     state = {
         f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()
@@ -343,11 +343,11 @@ def test_study_runs_and_goes_on(
     assert "holds results of" in capsys.readouterr().err
 
 
-def test_seam_of_the_study_by_hand() -> None:
+def test_seam_of_the_study_by_hand(study: ModuleType) -> None:
     image = torch.zeros(1, 1, 3, 3)
     image[..., 1, 1] = 5
     image[..., 0, 0] = 2
     hole = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
     hole[..., 1, 1] = True
-    assert sorted(study().border_steps(image, hole).tolist()) == [-5, -5, 5, 5]
-    np.testing.assert_allclose(float(study().blobs(32, 0).float().mean()), 0.4, atol=0.01)
+    assert sorted(study.border_steps(image, hole).tolist()) == [-5, -5, 5, 5]
+    np.testing.assert_allclose(float(study.blobs(32, 0).float().mean()), 0.4, atol=0.01)

@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -318,26 +317,6 @@ def test_sigterm_saves_at_the_end_of_the_step(
         fit(tmp_path / "run", image_folder, tokenizers, At(1, killed), interval=step, **options)
     assert state(tmp_path / "run" / "last.ckpt")["global_step"] == step
     same(fit(tmp_path / "run", image_folder, tokenizers, **options), whole)
-
-
-def test_workers_leave_sigterm_to_the_training_process(image_folder: Path) -> None:
-    """As where a scheduler sends it to all processes of a job."""
-    loader = make_data(image_folder, batch_size=1, val_fraction=0.5, num_workers=2).val_dataloader()
-    batches = iter(loader)
-    workers = batches._workers  # type: ignore[union-attr]
-    next(batches)
-    for _ in range(2):
-        subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
-        time.sleep(0.2)
-    assert len(list(batches)) == len(loader) - 1 > 4
-    assert [worker.exitcode for worker in workers] == [0, 0]
-
-    batches = iter(loader)
-    workers = batches._workers  # type: ignore[union-attr]
-    next(batches)
-    workers[0].terminate()  # as where the training process ends without an end of its loaders
-    workers[0].join(10)
-    assert workers[0].exitcode == 0
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(

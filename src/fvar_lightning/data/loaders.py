@@ -1,9 +1,6 @@
 """What both data modules share: loaders that divide data among ranks and resume in the middle of an epoch."""
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -14,22 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 from fvar_lightning.data.batches import SampleBatch
 from fvar_lightning.data.sampler import Draw, EpochSampler, ResumableLoader, StreamSampler, even_batch_size
 from fvar_lightning.data.streams import HFStream
-
-
-def _outlive_sigterm(worker: int) -> None:
-    """Have a worker heed SIGTERM from its training process alone: schedulers send it to all processes of a job, and a
-    worker that died of it would end the step that the training process wants to finish before it saves."""
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_at_sigterm_of_parent, daemon=True).start()
-
-
-def _end_at_sigterm_of_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-        pass
-    os._exit(0)
 
 
 class SampleRequests(Dataset[SampleBatch]):
@@ -130,12 +111,7 @@ class SharedLoaders(LightningDataModule):
             # Without a GPU the cores are needed for training itself
             workers = min(8, min(own, usable) - 1) if torch.cuda.is_available() else (2 if usable > 4 else 0)
             workers = max(0, workers)
-        return {
-            "num_workers": workers,
-            "collate_fn": collate,
-            "pin_memory": torch.cuda.is_available(),
-            "worker_init_fn": _outlive_sigterm,
-        }
+        return {"num_workers": workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
 
     @property
     def _ranks(self) -> dict[str, Any]:
