@@ -94,6 +94,7 @@ def test_validation_sees_every_image_once_over_three_ranks_in_equally_many_batch
 
 
 def test_a_task_of_slurm_has_its_cores_to_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
 
