@@ -78,7 +78,8 @@ def text(budgets: Mapping[str, Results], tokenizers: Results, baseline: str) -> 
                   overview(results, "", BUDGET)]  # fmt: skip
     results = budgets["steps"]
     for tokens, group in same_tokens(results).items():
-        parts += [f"## Held-out cross-entropy, nats a token: tokens `{tokens}`", by_scale(group, "cross_entropy"),
+        parts += [f"## Held-out cross-entropy, nats a token: tokens `{tokens}`, differences to the first arm",
+                  by_scale(group, "cross_entropy"),
                   overview(group, next(iter(group)), {"cross_entropy/all": "all"})]  # fmt: skip
     for figure, title in (
         ("teacher_gap", "Teacher's gap, nats a token"),
