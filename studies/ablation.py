@@ -256,7 +256,7 @@ class Study:
         written = text(budgets, tokenizers, baseline)
         with replacing(self.folder / "report.md") as beside:
             beside.write_text(f"# {self.name}\n\n{written}")
-        write_figures(self.folder / "figures.csv", budgets)
+        write_figures(self.folder / "figures.csv", {"tokenizers": tokenizers} | budgets)
         for budget, results in budgets.items():
             plot_arms(self.folder / f"{budget}.png", results, baseline)
         plot_gaps(self.folder / "teacher_gap.png", budgets["steps"])
@@ -271,8 +271,11 @@ class Study:
         return written
 
 
-def record(study: Study, parser: argparse.ArgumentParser) -> None:
-    """Write down what the figures are made with; refuse a folder of others."""
+def record(
+    study: Study, arms: Sequence[str], seeds: Sequence[int], budgets: Sequence[str], parser: argparse.ArgumentParser
+) -> None:
+    """Write down what the figures of these arms, seeds and budgets are made with, unless they are there already; refuse
+    a folder of others."""
     path, inputs = study.folder / "inputs.json", study.inputs()
     commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
                             capture_output=True, text=True, check=False).stdout.strip()  # fmt: skip
@@ -281,6 +284,9 @@ def record(study: Study, parser: argparse.ArgumentParser) -> None:
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     run_by = {
+        "arms": arms,
+        "seeds": seeds,
+        "budgets": budgets,
         "commit": commit or "unknown",
         "versions": versions(),
         "hardware": {"cpu": cpus[0] if cpus else platform.processor(), "gpu": gpu, "threads": torch.get_num_threads()},
@@ -291,7 +297,8 @@ def record(study: Study, parser: argparse.ArgumentParser) -> None:
         if known["inputs"] != inputs:
             parser.error(f"--output {study.folder} holds figures of {known['inputs']}, not of {inputs}")
         runs = known["run_by"]
-    if run_by not in runs:
+    missing = any(set(seeds) - study.found(name, seeds, budget).keys() for name in arms for budget in budgets)
+    if not runs or (missing and run_by not in runs):
         write_json(path, {"inputs": inputs, "run_by": [*runs, run_by]})
 
 
@@ -321,8 +328,8 @@ def main(args: Sequence[str] | None = None) -> str:
         parser.error(f"--equal-time times steps from cached tokens; those of {', '.join(uncached)} read images")
     study = Study(options.set, options.images, options.output / options.set, options.effort, options.tokenizer_effort,
                   options.crops, options.count)  # fmt: skip
-    record(study, parser)
     names = list(dict.fromkeys([options.baseline, *options.arms]))
+    record(study, names, options.seeds, ["steps", "time"] if options.equal_time else ["steps"], parser)
     for seed in options.seeds:
         baseline = study.student(options.baseline, seed, "steps", study.effort)
         for name in names:

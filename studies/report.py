@@ -1,6 +1,7 @@
 """What the ablation writes of its figures: tables, a CSV of everything, plots, and picture sheets."""
 
-from collections.abc import Mapping
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -37,21 +38,25 @@ BUDGET = {
 }
 
 
-def overview(results: Results, baseline: str, columns: Mapping[str, str]) -> str:
-    """Mean, deviation and number of seeds of every arm, and below each the paired difference to the baseline."""
-    rows = []
+def overview(results: Results, baselines: Sequence[str], columns: Mapping[str, str]) -> str:
+    """Number of seeds, mean and deviation of every arm, and below each the paired differences to the baselines that
+    stand above it."""
+    rows, above = [], []
     for arm, found in results.items():
-        rows.append([arm, *(spread(values(found, figure)) for figure in columns)])
-        if arm != baseline and baseline in results:
-            rows.append(["", *(paired(differences(found, results[baseline], figure)) for figure in columns)])
-    return markdown(["", *columns.values()], rows)
+        rows.append([f"`{arm}`", str(len(found)), *(spread(values(found, figure)) for figure in columns)])
+        for baseline in above:
+            both = sum(seed in results[baseline] for seed in found)
+            cells = (paired(differences(found, results[baseline], figure)) for figure in columns)
+            rows.append([f"to `{baseline}`", str(both), *cells])
+        above += [arm] if arm in baselines else []
+    return markdown(["", "seeds", *columns.values()], rows)
 
 
 def by_scale(results: Results, figure: str) -> str:
     """A figure of every scale, of the arms that have it."""
     names = dict.fromkeys(name for found in results.values() for figures in found.values() for name in figures)
     columns = [name for name in names if name.startswith(f"{figure}/")]
-    rows = [[arm, *(spread(values(found, name)) for name in columns)] for arm, found in results.items()]
+    rows = [[f"`{arm}`", *(spread(values(found, name)) for name in columns)] for arm, found in results.items()]
     rows = [row for row in rows if set(row[1:]) != {"-"}]
     return markdown(["", *(name.partition("/")[2] for name in columns)], rows)
 
@@ -68,19 +73,19 @@ def text(budgets: Mapping[str, Results], tokenizers: Results, baseline: str) -> 
     """The tables in Markdown."""
     shown = {figure: title for figure, title in MAIN.items() if "reconstructions" not in figure}
     parts = [
-        "Mean ± standard deviation (seeds); below it the mean paired difference to "
+        "Mean ± standard deviation over seeds; below it the mean paired difference to "
         f"`{baseline}`, or to its tokenizer, ± its standard error, bold where Student's t finds less than 5 %.",
         "## Reconstructions of the held-out images",
-        overview(tokenizers, ARMS[baseline].tokens, shown | DETAIL),
+        overview(tokenizers, [ARMS[baseline].tokens], shown | DETAIL),
     ]
     for budget, results in budgets.items():
-        parts += [f"## Equal {budget}", overview(results, baseline, MAIN), overview(results, baseline, DETAIL),
-                  overview(results, "", BUDGET)]  # fmt: skip
+        parts += [f"## Equal {budget}", overview(results, [baseline], MAIN), overview(results, [baseline], DETAIL),
+                  overview(results, [], BUDGET)]  # fmt: skip
     results = budgets["steps"]
     for tokens, group in same_tokens(results).items():
         parts += [f"## Held-out cross-entropy, nats a token: tokens `{tokens}`, differences to the first arm",
                   by_scale(group, "cross_entropy"),
-                  overview(group, next(iter(group)), {"cross_entropy/all": "all"})]  # fmt: skip
+                  overview(group, [next(iter(group))], {"cross_entropy/all": "all"})]  # fmt: skip
     for figure, title in (
         ("teacher_gap", "Teacher's gap, nats a token"),
         ("teacher_gap_shuffled", "Its control with shuffled alias tokens"),
@@ -90,16 +95,31 @@ def text(budgets: Mapping[str, Results], tokenizers: Results, baseline: str) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def write_figures(path: Path, budgets: Mapping[str, Results]) -> None:
-    """Every figure of every run, a line each."""
-    rows = [
-        (budget, arm, seed, figure, value)
-        for budget, results in budgets.items()
-        for arm, found in results.items()
+RUN = ("kind", "name", "seed")
+
+
+def write_figures(path: Path, kinds: Mapping[str, Results]) -> None:
+    """Every figure of every run, a line a run, by kind: a budget, with its arms, or "tokenizers"."""
+    runs = [
+        ((kind, name, seed), figures)
+        for kind, results in kinds.items()
+        for name, found in results.items()
         for seed, figures in found.items()
-        for figure, value in figures.items()
     ]
-    write_csv(path, ("budget", "arm", "seed", "figure", "value"), rows)
+    columns = list(dict.fromkeys(figure for _, figures in runs for figure in figures))
+    cells = [[f"{figures[c]:.6g}" if c in figures else "" for c in columns] for _, figures in runs]
+    write_csv(path, [*RUN, *columns], [[*run, *row] for (run, _), row in zip(runs, cells, strict=True)])
+
+
+def read_figures(path: Path) -> dict[str, dict[str, dict[int, dict[str, float]]]]:
+    """What `write_figures` wrote."""
+    kinds: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            kind, name, seed = (row.pop(column) for column in RUN)
+            figures = {figure: float(value) for figure, value in row.items() if value}
+            kinds.setdefault(kind, {}).setdefault(name, {})[int(seed)] = figures
+    return kinds
 
 
 def plot_arms(path: Path, results: Results, baseline: str) -> None:

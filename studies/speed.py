@@ -27,6 +27,7 @@ from speed_models import (
     bfloat16,
     models,
     official_step,
+    stage1_layouts,
     stage1_parts,
     stage2_step,
 )
@@ -143,6 +144,9 @@ def stage1(rounds: int) -> None:
     """A step of the structure tokenizer's training by part, each forward and backward."""
     print_head("Stage 1, forward and backward by part", *COLUMNS)
     compare("batch 1", stage1_parts(TINY), {}, rounds)
+    print_head("Stage 1, the autoencoder forward and backward by layout of its maps", *COLUMNS)
+    for case, runs in stage1_layouts(TINY).items():
+        compare(case, runs, {f"{p}, channels last": [f"{p}, contiguous"] for p in ("float32", "bf16")}, rounds)
 
 
 STEPS = ("official", "plain", "shared", "separate")

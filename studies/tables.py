@@ -19,11 +19,11 @@ def values(found: Figures, figure: str) -> list[float]:
 
 
 def spread(found: Sequence[float]) -> str:
-    """Mean, standard deviation, and of how many."""
+    """Mean and standard deviation."""
     if not found:
         return "-"
     deviation = f" ± {stdev(found):.2g}" if len(found) > 1 else ""
-    return f"{mean(found):.4g}{deviation} ({len(found)})"
+    return f"{mean(found):.4g}{deviation}"
 
 
 def differences(found: Figures, baseline: Figures, figure: str) -> list[float]:
@@ -33,15 +33,20 @@ def differences(found: Figures, baseline: Figures, figure: str) -> list[float]:
 
 
 def paired(found: Sequence[float]) -> str:
-    """Mean of differences, its standard error, and of how many; bold where Student's t finds less than 5 % for no
-    difference: of three seeds that is beyond 4.3 standard errors, of six beyond 2.6."""
+    """Mean of differences and its standard error; bold where `p_value` is below 5 %: of three seeds that is beyond 4.3
+    standard errors, of six beyond 2.6."""
     if not found:
         return "-"
     if len(found) == 1:
-        return f"{found[0]:+.3g} (1)"
+        return f"{found[0]:+.3g}"
     middle, error = mean(found), stdev(found) / len(found) ** 0.5
     text = f"{middle:+.3g} ± {error:.2g}"
-    return f"{f'**{text}**' if ttest_1samp(found, 0.0).pvalue < 0.05 else text} ({len(found)})"
+    return f"**{text}**" if p_value(found) < 0.05 else text
+
+
+def p_value(found: Sequence[float]) -> float:
+    """What Student's t finds for differences as large as these if there is none; NaN of fewer than two."""
+    return float(ttest_1samp(found, 0.0).pvalue) if len(found) > 1 else float("nan")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

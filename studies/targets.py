@@ -113,7 +113,7 @@ def study(name: str, variant: str, seed: int, source: str, folder: Path, effort:
 
 
 def table(folder: Path, variants: Sequence[str]) -> str:
-    """Markdown: mean and standard deviation over the seeds of every figure, and how many seeds."""
+    """Markdown: mean and standard deviation over the seeds of every figure."""
     rows = {variant: figures(folder / variant) for variant in variants}
     columns = list(dict.fromkeys(name for found in rows.values() for name in found))
     cells = [[column, *(spread(found.get(column, [])) for found in rows.values())] for column in columns]

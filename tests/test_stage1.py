@@ -10,6 +10,7 @@ from lightning import Callback, Trainer
 from torch._dynamo.utils import counters
 
 from distributed_worker import FixedImages, make_task
+from fvar_lightning.tasks.stage1 import quicker_layout
 from waits import Waits
 
 STEPS = 6
@@ -17,12 +18,13 @@ EVERYTHING = {"noise": (0.1, 0.1), "scale_dropout": 0.5, "adversarial_weight": 0
 
 
 def trained(
-    name: str, passes: int, folder: Path, callbacks: list[Callback] | None = None, steps: int = STEPS, **options: Any
-) -> dict[str, torch.Tensor]:
+    name: str, passes: int, folder: Path, callbacks: list[Callback] | None = None, steps: int = STEPS,
+    precision: Any = "64-true", **options: Any,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Weights after a few steps of eight images each."""
     task = make_task(name, [], **options)
     trainer = Trainer(
-        accelerator="cpu", devices=1, precision="64-true", max_steps=steps, accumulate_grad_batches=passes,
+        accelerator="cpu", devices=1, precision=precision, max_steps=steps, accumulate_grad_batches=passes,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, callbacks=callbacks,
     )  # fmt: skip
@@ -40,6 +42,15 @@ def test_accumulated_passes_are_one_step_of_the_codebook(tmp_path: Path) -> None
 
 def test_the_alias_tokenizers_clock_counts_steps_too(tmp_path: Path) -> None:
     assert trained("alias", 2, tmp_path)["tokenizer.codebook.updates"] == STEPS
+
+
+@pytest.mark.parametrize(("precision", "last"), [("32-true", True), ("bf16-mixed", False)])
+def test_maps_lie_as_the_device_convolves_them_fastest(precision: str, last: bool, tmp_path: Path) -> None:
+    weights = trained("structure", 1, tmp_path, steps=1, precision=precision)
+    kernel = next(x for name, x in weights.items() if name.endswith("encoder.conv_in.weight"))
+    assert kernel.is_contiguous(memory_format=torch.channels_last) == last
+    assert kernel.is_contiguous() != last
+    assert quicker_layout(torch.device("cuda"), precision) == torch.channels_last
 
 
 class SteadySteps(Callback):

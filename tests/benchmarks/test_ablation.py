@@ -1,5 +1,6 @@
 """The ablation study at a size of seconds: it runs, goes on and takes further arms, whose students are then sampled."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,14 @@ def test_ablation_runs_and_goes_on_and_its_models_are_sampled(tmp_path: Path, mo
     made = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".ckpt", ".npz")}
     table = ablation.main([*command, "--arms", "fvar", "self_distilled"])
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    for title in ("## Equal steps", "## Equal time", "| var |", "| fvar |", "| self_distilled |", "## Mean gate"):
+    for title in ("## Equal steps", "## Equal time", "| `var` |", "| `fvar` |", "| `self_distilled` |", "## Mean gate"):
         assert title in table
     written = {path.name for path in folder.iterdir() if path.is_file()}
     assert {"report.md", "figures.csv", "inputs.json", "steps.png", "time.png", "samples-0.png"} <= written
+    runs = json.loads((folder / "inputs.json").read_text())["run_by"]
+    assert [run["arms"] for run in runs] == [["var", "fvar"], ["var", "fvar", "self_distilled"]]
+    ablation.main([*command, "--arms", "fvar"])
+    assert json.loads((folder / "inputs.json").read_text())["run_by"] == runs, "nothing was run"
     with pytest.raises(SystemExit):
         ablation.main(["scenes128", "--tiny"])
 
