@@ -309,14 +309,17 @@ def main(args: Sequence[str] | None = None) -> str:
     parser.add_argument("--images", help="folder of the images, or root of the torchvision data set")
     parser.add_argument("--output", default="ablation", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*PAPER, *CONTROLS])
-    parser.add_argument("--baseline", choices=ARMS, default="var")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, metavar="ARM", default=[*PAPER, *CONTROLS], help="of studies/arms.py"
+    )
+    parser.add_argument("--baseline", choices=ARMS, metavar="ARM", default="var")
     parser.add_argument("--effort", type=float, default=1.25, help=f"factor on {STAGE_2_STEPS} steps of stage 2")
     parser.add_argument("--tokenizer-effort", type=float, default=1.0, help="factor on the quickstart's 500 steps")
     parser.add_argument("--crops", type=int, default=4, help="passes over the training images in the token cache")
     parser.add_argument("--count", type=int, default=2000, help="images to generate, and real ones to compare with")
     parser.add_argument("--equal-time", action="store_true", help="slower arms once more, for the baseline's time")
     parser.add_argument("--sheets", type=int, default=2, help="seeds that get a picture sheet")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables of what is done")
     parser.add_argument("--tiny", action="store_true", help="a size of seconds: that it runs, not what comes out")
     options = parser.parse_args(args)
     if options.set != "photographs" and options.images is None:
@@ -329,6 +332,10 @@ def main(args: Sequence[str] | None = None) -> str:
     study = Study(options.set, options.images, options.output / options.set, options.effort, options.tokenizer_effort,
                   options.crops, options.count)  # fmt: skip
     names = list(dict.fromkeys([options.baseline, *options.arms]))
+    if options.report:
+        if not any(study.found(name, options.seeds, "steps") for name in names):
+            parser.error(f"--output {study.folder} holds no figures of {', '.join(names)} yet")
+        return study.write(options.seeds, names, options.baseline, options.sheets)
     record(study, names, options.seeds, ["steps", "time"] if options.equal_time else ["steps"], parser)
     for seed in options.seeds:
         baseline = study.student(options.baseline, seed, "steps", study.effort)

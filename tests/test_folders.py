@@ -188,7 +188,7 @@ def test_what_is_no_file_is_left_out_and_named(tmp_path: Path) -> None:
     root = tmp_path / "images"
     (root / "a" / "folder.png").mkdir(parents=True)
     (root / "a" / "album.jpg").mkdir()
-    for name in ("good.png", "album.jpg/inside.png", ".hidden.png", "notes.txt"):
+    for name in ("good.png", "album.jpg/inside.png", ".hidden.png", "notes.txt", "phone.HEIC", "._phone.HEIC"):
         (root / "a" / name).touch()
     (root / "a" / "link.png").symlink_to(root / "a" / "good.png")
     (root / "a" / "dangling.png").symlink_to(root / "nowhere.png")
@@ -203,7 +203,7 @@ def test_what_is_no_file_is_left_out_and_named(tmp_path: Path) -> None:
         found = scan_folder(root, 0)
     assert paths(found) == [b"a/album.jpg/inside.png", b"a/good.png", b"a/link.png"]
     (message,) = [str(w.message) for w in caught]
-    assert message.startswith(f"6 entries of {root} are left out: ")
+    assert message.startswith(f"7 entries of {root} are left out: ")
     for entry in (
         "a/folder.png (a folder)",
         "a/dangling.png (a broken link)",
@@ -211,6 +211,7 @@ def test_what_is_no_file_is_left_out_and_named(tmp_path: Path) -> None:
         "a/up (a link to a folder that it lies in)",
         "a/pipe.jpg (no regular file)",
         "a/socket.png (no regular file)",
+        "a/phone.HEIC (convert it to PNG or JPEG)",
     ):
         assert entry in message
 
@@ -223,3 +224,12 @@ def test_file_names_need_not_be_text(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system has text names only")
     assert paths(scan_folder(tmp_path / "images", 0)) == [name]
+
+
+def test_a_folder_of_unread_pictures_says_so(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"{i:02}.heic").touch()
+    with pytest.raises(
+        ValueError, match=r"holds no images.*; left out: .*\.heic \(convert it to PNG or JPEG\).*, \.\.\.$"
+    ):
+        scan_folder(tmp_path)

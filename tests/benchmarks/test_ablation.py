@@ -27,6 +27,7 @@ def test_ablation_runs_and_goes_on_and_its_models_are_sampled(tmp_path: Path, mo
     runs = json.loads((folder / "inputs.json").read_text())["run_by"]
     assert [run["arms"] for run in runs] == [["var", "fvar"], ["var", "fvar", "self_distilled"]]
     ablation.main([*command, "--arms", "fvar"])
+    assert ablation.main([*command, "--arms", "fvar", "self_distilled", "detached", "--report"]) == table
     assert json.loads((folder / "inputs.json").read_text())["run_by"] == runs, "nothing was run"
     with pytest.raises(SystemExit):
         ablation.main(["scenes128", "--tiny"])

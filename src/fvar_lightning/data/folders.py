@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fvar_lightning.data.images import EXTENSIONS
+from fvar_lightning.data.images import EXTENSIONS, UNREAD
 from fvar_lightning.data.listings import ImageList, Listing, folder_times, kept, path_array
 
 _ENDINGS = tuple(os.fsencode(extension) for extension in EXTENSIONS)
+_UNREAD = tuple(os.fsencode(extension) for extension in UNREAD)
 
 
 def scan_folder(source: str | Path, val_fraction: float = 0.1) -> tuple[list[str], ImageList, ImageList]:
@@ -21,8 +22,9 @@ def scan_folder(source: str | Path, val_fraction: float = 0.1) -> tuple[list[str
     holds `train` and `val` folders, these are the two parts; otherwise `val_fraction` of every class is held out,
     chosen by a hash of the path: the same on every machine, and at least one image of a class that has two.
 
-    Images are regular files and links to such; pipes, sockets, broken links and folders named like images are left out
-    with a warning that names them. Long lists are kept, see `kept`.
+    Images are regular files and links to such; pipes, sockets, broken links, folders named like images and pictures of
+    formats that are not read, such as HEIC, are left out with a warning that names them. Long lists are kept, see
+    `kept`.
 
     Raises:
         ValueError: if the folder is missing or holds no images, if a class has none, if images lie beside class
@@ -33,11 +35,12 @@ def scan_folder(source: str | Path, val_fraction: float = 0.1) -> tuple[list[str
     source = Path(source).expanduser()
     if not source.is_dir():
         raise ValueError(f"source {str(source)!r} is not a folder")
-    settings = f"{val_fraction} {EXTENSIONS}"
+    settings = f"{val_fraction} {EXTENSIONS} {UNREAD}"
     listing = kept(source, settings, lambda: _Walk(source).listing(val_fraction))
     if listing.left_out:
-        shown = ", ".join(listing.left_out[:10]) + (", ..." if len(listing.left_out) > 10 else "")
-        warnings.warn(f"{len(listing.left_out)} entries of {source} are left out: {shown}", stacklevel=2)
+        warnings.warn(
+            f"{len(listing.left_out)} entries of {source} are left out: {_few(listing.left_out)}", stacklevel=2
+        )
     return listing.class_names, listing.train, listing.val
 
 
@@ -90,7 +93,10 @@ class _Walk:
         accepted = " ".join(EXTENSIONS)
         filled = [name for name, files in classes.items() if len(files)]
         if not entries.images and not filled:
-            raise ValueError(f"{root} holds no images, nor class folders with images (files ending in {accepted})")
+            left_out = f"; left out: {_few(self.left_out)}" if self.left_out else ""
+            raise ValueError(
+                f"{root} holds no images, nor class folders with images (files ending in {accepted}){left_out}"
+            )
         if entries.images:
             flat = sorted(entries.images)
             if filled:
@@ -136,6 +142,8 @@ class _Walk:
                     else:
                         link = "a broken link" if entry.is_symlink() else "no regular file"
                         self._leave_out(os.path.join(folder, entry.name), link)
+                elif _ends(entry.name, _UNREAD):
+                    self._leave_out(os.path.join(folder, entry.name), "convert it to PNG or JPEG")
         return _Entries(folder, images, folders, identity)
 
     def _leave_out(self, path: bytes, reason: str) -> None:
@@ -152,8 +160,17 @@ class _Entries(NamedTuple):
     identity: _Identity
 
 
+def _few(names: list[str]) -> str:
+    """The first ten."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
 def _is_image(path: bytes) -> bool:
-    return path.lower().endswith(_ENDINGS) and not path.startswith(b".")
+    return _ends(path, _ENDINGS)
+
+
+def _ends(path: bytes, endings: tuple[bytes, ...]) -> bool:
+    return path.lower().endswith(endings) and not path.startswith(b".")
 
 
 def _is_folder(entry: "os.DirEntry[bytes]") -> bool:

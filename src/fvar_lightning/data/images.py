@@ -14,6 +14,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+UNREAD = (".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef")
+"""Endings of pictures that are not decoded."""
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, whatever a file is called. Pillow knows more: PostScript, for which it starts Ghostscript."""
 LONGEST = 50
