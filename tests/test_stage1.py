@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 from torch._dynamo.utils import counters
 
 from distributed_worker import FixedImages, make_task
-from fvar_lightning.tasks.stage1 import quicker_layout
+from fvar_lightning.tasks import stage1
 from waits import Waits
 
 STEPS = 6
@@ -44,13 +44,19 @@ def test_the_alias_tokenizers_clock_counts_steps_too(tmp_path: Path) -> None:
     assert trained("alias", 2, tmp_path)["tokenizer.codebook.updates"] == STEPS
 
 
-@pytest.mark.parametrize(("precision", "last"), [("32-true", True), ("bf16-mixed", False)])
-def test_maps_lie_as_the_device_convolves_them_fastest(precision: str, last: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "units", "last"),
+    [("32-true", False, True), ("bf16-mixed", False, False), ("bf16-mixed", True, True)],
+)
+def test_maps_lie_as_the_device_convolves_them_fastest(
+    precision: str, units: bool, last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage1, "has_matrix_units", lambda: units)
     weights = trained("structure", 1, tmp_path, steps=1, precision=precision)
     kernel = next(x for name, x in weights.items() if name.endswith("encoder.conv_in.weight"))
     assert kernel.is_contiguous(memory_format=torch.channels_last) == last
     assert kernel.is_contiguous() != last
-    assert quicker_layout(torch.device("cuda"), precision) == torch.channels_last
+    assert stage1.quicker_layout(torch.device("cuda"), precision) == torch.channels_last
 
 
 class SteadySteps(Callback):

@@ -1,6 +1,8 @@
 """The tables of the studies by hand, and the controls and levers of the ablation against what they stand beside."""
 
 import copy
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -68,6 +70,45 @@ def test_differences_are_paired_by_seed() -> None:
     # of one degree of freedom t is a Cauchy variable: beyond 1 a quarter of it lies on either side
     assert p_value([0.0, 2.0]) == pytest.approx(0.5)
     assert (paired([]), spread([])) == ("-", "-")
+
+
+def test_tables_are_made_anew_from_the_figures(tmp_path: Path) -> None:
+    from report import read_figures, write_figures
+    from results import renewed
+
+    tokenizers = {"feature": {0: {"fd/real": 80.0}, 1: {"fd/real": 82.0}}, "view": {0: {"fd/real": 83.0}}}
+    var = {0: {"fd/real": 110.0, "settled": 0.012}, 1: {"fd/real": 114.0, "settled": 0.016}}
+    next_focus = {0: {"fd/real": 106.5, "settled": 0.01}, 1: {"fd/real": 109.5, "settled": 0.02}}
+    kinds = {"tokenizers": tokenizers, "steps": {"var": var, "next_focus": next_focus}}
+    (tmp_path / "study").mkdir()
+    write_figures(tmp_path / "study" / "figures.csv", kinds)
+    assert read_figures(tmp_path / "study" / "figures.csv") == kinds
+    (tmp_path / "study" / "inputs.json").write_text('{"inputs": {"tokenizer_effort": 2.5, "effort": 3.0}}')
+    comments = "<!-- table: arms study --columns fd/real -->", "<!-- table: race study:0-1 -->"
+    text = f"Before.\n\n{comments[0]}\n\n| old |\n\n{comments[1]}\n\nAfter.\n"
+    made = renewed(text, tmp_path)
+    assert renewed(made, tmp_path) == made
+    before, arms, race, after = re.split(r"<!-- .* -->\n\n|After", made)
+    assert (before, after) == ("Before.\n\n", ".\n")
+    assert arms.splitlines()[2:] == [
+        "| `var` | 2 | 112 ± 2.8 |", "| `next_focus` | 2 | 108 ± 2.1 |", "| to `var` | 2 | -4 ± 0.5 |", "",
+    ]  # fmt: skip
+    # t = 8 with one degree of freedom: a Cauchy variable beyond 8
+    p = 1 - 2 / math.pi * math.atan(8)
+    assert race.splitlines()[2].startswith(f"| 1250 / 1200 | 0 to 1 | 112 ± 2.8 | 108 ± 2.1 | -4 ± 0.5 | {p:.2g} |")
+    assert race.splitlines()[2].endswith("| +3 | 1.4% / 1.5% |")
+    for wrong in ("arms nowhere", "arms study --arms fvar", "arms study --columns width"):
+        with pytest.raises(ValueError, match=f"no table can be made of '{wrong}'"):
+            renewed(f"<!-- table: {wrong} -->\n\n", tmp_path)
+
+
+def test_the_results_show_the_figures_beside_them() -> None:
+    from results import renewed
+
+    path = STUDIES.parent / "docs" / "results.md"
+    assert renewed(path.read_text(), path.with_suffix("")) == path.read_text(), (
+        "python studies/results.py docs/results.md"
+    )
 
 
 def test_shuffled_alias_is_that_of_another_image(tokenizers: list[str]) -> None:

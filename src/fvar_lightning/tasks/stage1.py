@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import CodebookUsage
+from fvar_lightning.precision import has_matrix_units
 from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.training import (
     WarmupLinear,
@@ -35,9 +36,9 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
 
 
 def quicker_layout(device: torch.device, precision: str | None) -> torch.memory_format:
-    """Of maps, as measured on a CPU (docs/speed.md): channels last, but not under bf16, where convolutions of few
-    channels take 2.6 times as long that way. GPUs convolve half precision in this layout."""
-    slow = device.type == "cpu" and str(precision).startswith("bf16")
+    """Of maps: channels last, but not under bf16 on a CPU with vector units alone, where convolutions of few channels
+    take 2.6 times as long that way (docs/speed.md). GPUs and AMX convolve half precision in this layout."""
+    slow = device.type == "cpu" and str(precision).startswith("bf16") and not has_matrix_units()
     return torch.contiguous_format if slow else torch.channels_last
 
 
