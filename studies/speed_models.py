@@ -185,38 +185,51 @@ def stage2_kept(pixels: int, depth: int) -> int:
     return saved_bytes(stage2_loss(task, 1), task)
 
 
-def feature_vae(c: Config, ch: int) -> VQVAE:
-    """A structure tokenizer of a width, `feature` targets."""
+def feature_vae(c: Config) -> VQVAE:
+    """A structure tokenizer with VAR's targets."""
     schedule = FocusSchedule(c.patch_nums, focus_states=1)
-    return VQVAE(schedule, targets="feature", vocab_size=c.vocab_size, z_channels=c.z_channels, ch=ch)
+    return VQVAE(schedule, targets="feature", vocab_size=c.vocab_size, z_channels=c.z_channels, ch=c.ch)
+
+
+QUICKSTART = VQVAE(
+    FocusSchedule((1, 2, 3, 4, 6, 8), patch_size=8, max_radius=5.0),
+    vocab_size=512,
+    z_channels=16,
+    ch=16,
+    ch_mult=(1, 1, 2, 4),
+    num_res_blocks=1,
+    norm_groups=4,
+)
 
 
 def stage1_layouts(tiny: bool) -> dict[str, dict[str, Callable[[], object]]]:
-    """Forward and backward of two autoencoders, the official width's and a small one's, by layout of their maps."""
+    """Forward and backward of two structure tokenizers, of the official width and the quickstart's, by layout of their
+    maps."""
     c, cases = config(tiny), {}
-    small = c._replace(patch_nums=c.patch_nums if tiny else (1, 2, 3, 4))
-    for at, ch, batch in ((c, c.ch, 1), (small, 16, 16)):
-        side = at.patch_nums[-1] * 16
+    official = feature_vae(c)
+    for name, vae, batch in ((f"width {c.ch}, `feature`", official, 1), ("quickstart, `view`", QUICKSTART, 16)):
+        side = vae.schedule.image_size
         images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        runs: dict[str, Callable[[], object]] = {}
+        inputs, runs = vae.inputs(images), {}
         for half in (False, True):
-            for name, layout in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
-                vae = feature_vae(at, ch).to(memory_format=layout)
+            for title, layout in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
+                laid_out = copy.deepcopy(vae).to(memory_format=layout)
 
-                def run(vae: VQVAE = vae, images: Tensor = images, half: bool = half) -> None:
+                def run(vae: VQVAE = laid_out, inputs: Any = inputs, half: bool = half) -> None:
                     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                        loss = vae.decode_features(vae.quant_conv(vae.encoder(images))).float().square().mean()
-                    loss.backward()
+                        quantized = vae(inputs)
+                        image = vae.decode_features(quantized.stages[-1])
+                    (image.float().square().mean() + quantized.loss).backward()
 
-                runs[f"{'bf16' if half else 'float32'}, {name}"] = run
-        cases[f"width {ch}, {side} px, batch {batch}"] = runs
+                runs[f"{'bf16' if half else 'float32'}, {title}"] = run
+        cases[f"{name}, {side} px, batch {batch}"] = runs
     return cases
 
 
 def stage1_parts(tiny: bool) -> dict[str, Callable[[], object]]:
     """Forward and backward of every part of a structure tokenizer's step, `feature` targets."""
     c = config(tiny)
-    vae = feature_vae(c, c.ch).to(memory_format=torch.channels_last)
+    vae = feature_vae(c).to(memory_format=torch.channels_last)
     vae.codebook.step()
     perceptual, discriminator = perceptual_loss("efficientnet_lite1"), build_discriminator("patch", 64)
     side = c.patch_nums[-1] * 16

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from time import perf_counter
 
+import torch
 import yaml
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat
@@ -64,6 +65,11 @@ def quickstart_command(args: list[str]) -> None:
     auto_cli(quickstart, args=args, prog="fvar quickstart")
 
 
+def accelerator() -> str:
+    """A GPU of CUDA's kind where there is one, otherwise the CPU: Apple's lack the float64 of the metrics."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def train(
     stage: str, folder: Path, effort: float, arguments: list[str], clock: RemainingTime | None = None
 ) -> FVARCommandLine:
@@ -76,6 +82,7 @@ def train(
         "fit",
         f"--config={config}",
         f"--trainer.max_steps={steps}",
+        f"--trainer.accelerator={accelerator()}",
         f"--trainer.default_root_dir={own}",
         "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
         f"--trainer.logger.save_dir={own}",
@@ -112,6 +119,7 @@ def write_tokens(folder: Path, part: str, arguments: list[str]) -> None:
         "--data.predict=tokens",
         f"--data.part={part}",
         f"--data.crops_per_image={CROPS_PER_IMAGE}",
+        f"--trainer.accelerator={accelerator()}",
         f"--trainer.callbacks.folder={folder / 'tokens' / part}",
         f"--trainer.default_root_dir={folder}",
     ]

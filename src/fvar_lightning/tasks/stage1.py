@@ -37,7 +37,7 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
 
 def quicker_layout(device: torch.device, precision: str | None) -> torch.memory_format:
     """Of maps: channels last, but not under bf16 on a CPU with vector units alone, where convolutions of few channels
-    take 2.6 times as long that way (docs/speed.md). GPUs and AMX convolve half precision in this layout."""
+    are slower that way (docs/speed.md). GPUs and AMX convolve half precision in this layout."""
     slow = device.type == "cpu" and str(precision).startswith("bf16") and not has_matrix_units()
     return torch.contiguous_format if slow else torch.channels_last
 
