@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ from fvar_lightning.callbacks import (
     TokenizerPictures,
     TokenWriter,
     log_picture,
+    pictures,
 )
 from fvar_lightning.callbacks.reconstruction import local_lpips
 from fvar_lightning.cli import main
@@ -763,3 +765,24 @@ def test_a_checkpoint_of_averages_gives_every_run_the_weights_it_needs(
     trainer = make_trainer(tmp_path, [watch], max_steps=5, max_epochs=-1)
     trainer.fit(make_task(tokenizers), make_data(image_folder), ckpt_path=path)
     assert torch.equal(watch.seen, raw)
+
+
+def test_larger_images_are_generated_in_smaller_batches(
+    tokenizers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1024 px have 9451 tokens, 13.9 times those of 256 px; how many come at once shows in no picture."""
+    assert StudentEvaluation(8).at_once(cast(FVARTask, task_of_length(680))) == 32
+    assert StudentEvaluation(8).at_once(cast(FVARTask, task_of_length(9451))) == 2
+    assert StudentEvaluation(8, batch_size=5).at_once(cast(FVARTask, task_of_length(9451))) == 5
+    found: list[dict[str, Image.Image]] = []
+    monkeypatch.setattr(pictures, "log_pictures", lambda trainer, shown: found.append(shown))
+    for batch_size in (None, 3):
+        SamplePictures(2, 2, batch_size=batch_size).generate(make_trainer(tmp_path, []), make_task(tokenizers))
+    for name in ("samples", "focus"):
+        together, apart = (np.asarray(shown[name], dtype=int) for shown in found)
+        assert np.abs(together - apart).max() <= 1
+        assert together.std() > 1
+
+
+def task_of_length(tokens: int) -> SimpleNamespace:
+    return SimpleNamespace(student=SimpleNamespace(layout=SimpleNamespace(length=tokens)))

@@ -32,6 +32,7 @@ from fvar_lightning.tokenizer.losses import (
     texture_loss,
 )
 from fvar_lightning.tokenizer.lpips import LPIPSNetwork, load_lpips, lpips_file
+from waits import Waits
 
 CONF = Path(__file__).parent / "conf"
 
@@ -192,13 +193,35 @@ def test_averaged_weights_count_every_step_once(tmp_path: Path, image_folder: Pa
     torch.testing.assert_close(cli.model.tokenizer.decoder.conv_out.weight.detach(), average)
 
 
-def test_lpips_takes_blurred_black_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blurring rounds black to a little less than -1, which LPIPS refuses."""
+@pytest.fixture
+def squeeze_lpips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights of the smallest network stand in for VGG16's."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     weights = tmp_path / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     weights.parent.mkdir(parents=True)
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), weights)
     monkeypatch.setattr(losses, "load_lpips", lambda network: load_lpips("squeeze"))
+
+
+@pytest.mark.usefixtures("squeeze_lpips")
+def test_lpips_as_a_loss_is_the_metric_and_keeps_nothing() -> None:
+    """The metric keeps all values it ever gave, and copies them at every call."""
+    x, y = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(2))
+    metric, loss = load_lpips("squeeze"), perceptual_loss("lpips")
+    metric.net.load_state_dict(loss.network.state_dict())
+    with Waits() as waits:
+        torch.testing.assert_close(loss(x, y), metric(x, y), rtol=0, atol=0)
+    waiting = Waits()
+    with waiting:
+        loss(x, y)
+    assert waits.found
+    assert waiting.found == {}
+    assert not any(p.requires_grad for p in loss.parameters())
+
+
+@pytest.mark.usefixtures("squeeze_lpips")
+def test_lpips_takes_blurred_black_images(tmp_path: Path) -> None:
+    """Blurring rounds black to a little less than -1, which the metric refuses."""
     pixels = np.zeros((64, 64, 3), dtype=np.uint8)
     pixels[:40, :40] = 255
     (tmp_path / "images").mkdir()

@@ -1,17 +1,20 @@
 """`fvar quickstart`: any number of images, and going on in the same folder."""
 
+import os
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from jsonargparse import capture_parser
+from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from PIL import Image
 
 from fvar_lightning.__main__ import run
 from fvar_lightning.callbacks.remaining import RemainingTime
-from fvar_lightning.quickstart import quickstart
+from fvar_lightning.quickstart import keep_to_source, quickstart, restart_if_other, train
 from fvar_lightning.report import loss_curves, loss_panels, tokenizer_panels, what_it_says, what_next
 from fvar_lightning.tasks.fvar import FVARTask
 from test_token_cache import file_limit
@@ -135,3 +138,43 @@ def test_a_second_run_encodes_nothing_and_a_longer_one_everything(
         quickstart(source, str(tmp_path / "run"), effort=effort)
         assert sum(encoded) == rows
         assert ("begin anew" in capsys.readouterr().out) == anew
+
+
+def test_a_folder_keeps_to_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers of other images would count as done."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    keep_to_source(run, "a")
+    keep_to_source(run, str(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"output .*run' holds a run on '.*/a', not on '.*/b'"):
+        quickstart("b", str(run))
+    with pytest.raises(ValueError, match="not on 'photographs'"):
+        quickstart(output=str(run))
+    assert [path.name for path in run.iterdir()] == ["source.json"]
+
+
+def test_a_stage_of_other_tokens_is_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the times of the files are: copies need not keep them."""
+    stage, index = tmp_path / "fvar", tmp_path / "index.json"
+    index.write_text("tokens")
+    restart_if_other(stage, index)
+    (stage / "last.ckpt").touch()
+    os.utime(stage / "last.ckpt", (0, 0))
+    restart_if_other(stage, index)
+    assert (stage / "last.ckpt").is_file()
+    for _ in range(2):
+        index.write_text(index.read_text() + " of others")
+        restart_if_other(stage, index)
+        assert [path.name for path in stage.iterdir()] == ["tokens.json"]
+    assert (tmp_path / "fvar-1" / "last.ckpt").is_file()
+    assert capsys.readouterr().out.count("begin anew, the former ones are in") == 2
+
+
+def test_the_quickstart_leaves_apples_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning would choose it, and it has no float64."""
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cli = train("alias", tmp_path / "run", 0.001, [f"--data.source={write_images(tmp_path, 12)}"])
+    assert isinstance(cli.trainer.accelerator, CPUAccelerator)

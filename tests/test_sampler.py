@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fvar_lightning.callbacks.checkpoint import LastCheckpoint
 from fvar_lightning.data.loaders import SharedLoaders
 from fvar_lightning.data.sampler import Draw, EpochSampler, ResumableLoader, even_batch_size
 
@@ -208,6 +209,36 @@ def test_killed_and_resumed_run_sees_the_same_batches(
 
     resumed = run(Model(), Data(num_workers), limits, [], str(path))
     assert resumed.seen == whole.seen[step:]
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+class Stop(Callback):
+    """Ends a run at step 7, which lies in the second epoch: as `max_time` does, or as early stopping."""
+
+    def __init__(self, in_validation: bool) -> None:
+        self.in_validation = in_validation
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 7 and not self.in_validation:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 7:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("limits", [EPOCHS, STEPS], ids=["epochs", "steps"])
+@pytest.mark.parametrize("ending", ["max_steps", "step", "validation"])
+def test_a_run_that_ended_within_an_epoch_goes_on_there(tmp_path: Path, ending: str, limits: dict) -> None:
+    whole = run(Model(), Data(0), limits, [], None)
+    first, stops = (STEPS | {"max_steps": 7}, []) if ending == "max_steps" else (limits, [Stop(ending == "validation")])
+    if ending == "validation":
+        first = first | {"val_check_interval": 7, "check_val_every_n_epoch": None}
+    run(Model(), Data(0), first, [*stops, LastCheckpoint(str(tmp_path))], None)
+    path = tmp_path / "last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == 7
+    resumed = run(Model(), Data(0), limits, [], str(path))
+    assert resumed.seen == whole.seen[7:]
     assert torch.equal(resumed.weight, whole.weight)
 
 

@@ -436,6 +436,19 @@ def test_whom_the_teachers_loss_trains(trained: dict[str, Path], trunk: str, sha
     assert any(g is not None and g.any() for g in teacher)
 
 
+@pytest.mark.parametrize("targets", ["view", "full", "feature"])
+def test_without_an_alias_tokenizer_only_views_can_teach(targets: str) -> None:
+    """What encodes images at full size alone encodes no alias residual of a scale."""
+    structure = {"kind": "structure", "schedule": FocusSchedule((1, 2), patch_size=4, focus_states=2, max_radius=1.0),
+                 "targets": targets, "ch": 8, "ch_mult": (1, 1, 2)}  # fmt: skip
+    options: dict[str, Any] = {"num_classes": 2, "depth": 1, "width": 8, "heads": 1, "alias_blocks": 1}
+    if targets != "view":
+        with pytest.raises(ValueError, match=f"alias_tokenizer must be given: .* targets '{targets}'"):
+            FVARTask(structure, **options)
+        options |= {"teacher_loss_weight": 0.0, "feature_weight": 0.0, "logit_weight": 0.0}
+    assert (FVARTask(structure, **options).teacher is None) == (targets != "view")
+
+
 def test_alias_tokens_of_the_sharp_scale_are_read_only_on_demand(trained: dict[str, Path]) -> None:
     """Whose residual is zero; the weights are the same either way, so that checkpoints of both load."""
     tasks = [make_task(trained, sharp_alias=on) for on in (False, True)]

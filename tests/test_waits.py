@@ -3,6 +3,7 @@
 `test_stage1.py` has the same of the steps of stage 1.
 """
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from lightning import Callback, Trainer
 from torch import nn
 
 from distributed_worker import SCHEDULE, FixedImages, make_task, sgd
+from fvar_lightning.generation import sampling
 from fvar_lightning.generation.sampling import generate
 from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.tokenizer.vqvae import VQVAE
+from fvar_lightning.transformer.layers import KVCache
 from fvar_lightning.transformer.var import VAR
 from waits import Shapes, Waits
 
@@ -34,6 +37,23 @@ def test_generating_looks_at_the_labels_and_at_nothing_else(options: dict[str, A
     with Waits() as waits:
         generate(*networks, labels, seeds=[1, 2], **options)
     assert waits.found == {"_local_scalar_dense": 2}
+
+
+def test_the_cache_is_gone_when_the_decoder_needs_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    (var, vae), caches = models(), []
+
+    class Watched(KVCache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            caches.append(weakref.ref(self))
+
+    monkeypatch.setattr(sampling, "KVCache", Watched)
+    decode = vae.image
+    monkeypatch.setattr(vae, "image", lambda f_hat: (alive.append(caches[-1]()), decode(f_hat))[1])
+    alive: list[KVCache | None] = []
+    generate(var, vae, torch.tensor([0, 1]), seeds=[1, 2])
+    generate(var, vae, torch.tensor([0, 1]), seeds=[1, 2], focus=0.5)
+    assert alive == [None, None]
 
 
 def test_shapes_of_every_scale_depend_on_the_batch_alone() -> None:

@@ -1,5 +1,6 @@
 """`fvar quickstart`: all stages one after the other, small, and a report with pictures."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -30,10 +31,14 @@ def quickstart(source: str = "photographs", output: str = "quickstart", effort: 
         source: 'photographs' (bundled with scikit-image), or a folder of images or of class folders.
         output: folder for checkpoints, logs, pictures and the report.
         effort: factor on the number of training steps.
+
+    Raises:
+        ValueError: if effort is not positive, or the output folder holds a run on another source.
     """
     if not effort > 0:
         raise ValueError(f"effort must be positive, got {effort}")
     folder = Path(output)
+    keep_to_source(folder, source)
     images = [f"--data.source={source}"]
     tokenizers = [f"--model.{kind}_tokenizer={folder / kind / 'last.ckpt'}" for kind in ("structure", "alias")]
 
@@ -48,7 +53,7 @@ def quickstart(source: str = "photographs", output: str = "quickstart", effort: 
     for part in ("train", "val"):
         write_tokens(folder, part, [*images, *tokenizers])
     print(f"\n[4/4] training teacher and student, {clock.begin('fvar')}", flush=True)
-    restart_if_older(folder / "fvar", folder / "tokens" / "train" / "index.json")
+    restart_if_other(folder / "fvar", folder / "tokens" / "train" / "index.json")
     caches = [f"--data.path={folder / 'tokens' / 'train'}", f"--data.val_path={folder / 'tokens' / 'val'}"]
     task = train("fvar", folder, effort, [*caches, *tokenizers], clock).model
 
@@ -127,12 +132,30 @@ def write_tokens(folder: Path, part: str, arguments: list[str]) -> None:
     _add_seconds(folder / "seconds.json", "tokens", perf_counter() - start)
 
 
-def restart_if_older(stage: Path, index: Path) -> None:
-    """Remove a stage that was trained on the tokens of other tokenizers, before these were written."""
-    last = stage / "last.ckpt"
-    if last.is_file() and last.stat().st_mtime < index.stat().st_mtime:
-        print("the tokens are new: teacher and student begin anew", flush=True)
-        shutil.rmtree(stage)
+def keep_to_source(folder: Path, source: str) -> None:
+    """Refuse a folder of another source's run: its tokenizers would count as done."""
+    note = folder / "source.json"
+    if Path(source).expanduser().is_dir():
+        source = str(Path(source).expanduser().resolve())
+    if not note.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"source": source})
+    elif (known := json.loads(note.read_text())["source"]) != source:
+        raise ValueError(
+            f"output {str(folder)!r} holds a run on {known!r}, not on {source!r}: give another; or remove "
+            f"{str(note)!r} if these are the same images"
+        )
+
+
+def restart_if_other(stage: Path, index: Path) -> None:
+    """Move a stage aside that was trained on other tokens than these; remember which it is trained on."""
+    trained_on = stage / "tokens.json"
+    if trained_on.is_file() and trained_on.read_text() != index.read_text():
+        aside = next(path for i in itertools.count(1) if not (path := stage.with_name(f"{stage.name}-{i}")).exists())
+        print(f"the tokens are new: teacher and student begin anew, the former ones are in {aside}", flush=True)
+        stage.rename(aside)
+    stage.mkdir(parents=True, exist_ok=True)
+    shutil.copy(index, trained_on)
 
 
 def _add_seconds(path: Path, stage: str, seconds: float) -> None:

@@ -9,8 +9,9 @@ class DeviceWeightAveraging(EMAWeightAveraging):
 
     Lightning's own copies the model before the strategy has moved it: the average then lies on the CPU, and every step
     brings all weights there. (Where a GPU has no memory for it, that is what to use: `EMAWeightAveraging` with
-    ``use_buffers: false``.) Buffers are taken as they are: codebooks are moving averages themselves, and integers
-    cannot be averaged. Checkpoints of either callback can be resumed with the other.
+    ``use_buffers: false``.) Codes are averaged with the encoder that they belong to; buffers, such as the sums and
+    counts that codes are made of in training, are taken as they are. Checkpoints of either callback can be resumed with
+    the other.
 
     Args:
         decay: what is kept of the average in a step; it reaches back 1 / (1 - decay) steps.

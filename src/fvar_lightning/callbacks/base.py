@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from fvar_lightning.schedule import VAR_PATCH_NUMS
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.weights.averages import Weights, has_averages, state_of
 from fvar_lightning.weights.identity import file_sha256, weights_sha256
@@ -61,7 +62,8 @@ class StudentEvaluation(Callback):
 
     Args:
         num_samples: N, images to generate.
-        batch_size: images generated at once on a device.
+        batch_size: images generated at once on a device; None: 32, or fewer that hold no more tokens than 32 images of
+            256 px.
         base_seed: seed of the first image.
         sampling: guidance, top_k, top_p, more_smooth in the place of the task's.
         weights: `ema`: averaged weights where training keeps them; `raw`: those of the last step.
@@ -74,7 +76,7 @@ class StudentEvaluation(Callback):
     def __init__(
         self,
         num_samples: int,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         base_seed: int = 0,
         sampling: dict[str, Any] | None = None,
         weights: Weights = "ema",
@@ -82,7 +84,7 @@ class StudentEvaluation(Callback):
     ) -> None:
         for name, value, least in (
             ("num_samples", num_samples, 1),
-            ("batch_size", batch_size, 1),
+            ("batch_size", 1 if batch_size is None else batch_size, 1),
             ("base_seed", base_seed, 0),
             ("every_n_epochs", every_n_epochs, 1),
         ):
@@ -201,6 +203,10 @@ class StudentEvaluation(Callback):
 
     # The images
 
+    def at_once(self, task: FVARTask) -> int:
+        """How many are generated together."""
+        return self.batch_size or max(min(32, 32 * sum(n**2 for n in VAR_PATCH_NUMS) // task.student.layout.length), 1)
+
     def label(self, index: int, num_classes: int) -> int:
         """Class of an image."""
         return index * num_classes // self.num_samples
@@ -213,8 +219,9 @@ class StudentEvaluation(Callback):
         ranks, rank = trainer.world_size, trainer.global_rank
         mine = range(rank, self.num_samples, ranks)
         shares = -(-self.num_samples // ranks)
-        for start in progress(trainer, range(0, shares, self.batch_size), "Generating"):
-            part = list(mine[start : start + self.batch_size])
+        size = self.at_once(task)
+        for start in progress(trainer, range(0, shares, size), "Generating"):
+            part = list(mine[start : start + size])
             made = part or [0]
             labels = torch.tensor([self.label(i, task.student.num_classes) for i in made], device=task.device)
             images = task.generate(labels, seeds=[self.base_seed + i for i in made], **self.sampling)

@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fvar_lightning.atomic import remove_partial, replace_folder
@@ -42,6 +43,8 @@ class LastCheckpoint(ModelCheckpoint):
         self.interval = every_n_train_steps
         self.terminated = False
         self.step = 0
+        self.saved = 0
+        """Step of the file."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints written atomically, and remove what a killed run left half-written."""
@@ -81,15 +84,21 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.global_step == self.step:
             return  # gradients are being accumulated, which no checkpoint holds
         terminated = trainer.strategy.reduce_boolean_decision(self.terminated, all=False)
-        if terminated or trainer.global_step % self.interval == 0:
+        if terminated or trainer.global_step % self.interval == 0 or _ends_within_an_epoch(trainer):
             self.save(trainer)
         if terminated:
             rank_zero_info(f"SIGTERM: step {trainer.global_step} is in {self.last_model_path}")
             raise SystemExit(128 + signal.SIGTERM)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the validation ended the run."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and _ends_within_an_epoch(trainer):
+            self.save(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if training is over."""
-        if trainer.fit_loop.done:
+        """Save if training is over. Of a run that ends within an epoch the file of its last step is to stay: by now
+        Lightning counts the epoch as complete."""
+        if trainer.fit_loop.done and (trainer.is_last_batch or self.saved != trainer.global_step):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,6 +108,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Replace this run's file."""
         if trainer.fast_dev_run:
             return
+        self.saved = trainer.global_step
         if not self.last_model_path:
             self.last_model_path = self._new_path(trainer)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
@@ -122,3 +132,9 @@ class LastCheckpoint(ModelCheckpoint):
             if resumed or not self.file_exists(path, trainer):
                 return path
         raise AssertionError
+
+
+def _ends_within_an_epoch(trainer: Any) -> bool:
+    """Whether the running step is the run's last, but not its epoch's."""
+    asked = trainer.should_stop or trainer.global_step == trainer.max_steps
+    return asked and not trainer.is_last_batch and trainer.fit_loop.done

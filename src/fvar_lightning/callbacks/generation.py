@@ -57,7 +57,7 @@ class GenerationMetrics(StudentEvaluation):
         reference: str | None = None,
         cache: str | None = None,
         report: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         base_seed: int = 0,
         sampling: dict[str, Any] | None = None,
         weights: Weights = "ema",

@@ -6,6 +6,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from torch import Tensor
 
 from fvar_lightning.callbacks.base import StudentEvaluation
 from fvar_lightning.callbacks.loggers import log_pictures
@@ -24,7 +25,7 @@ class SamplePictures(StudentEvaluation):
         classes: rows, spread evenly over all classes.
         per_class: images in a row.
         side: pixels of an image in the picture.
-        base_seed, sampling, weights, every_n_epochs: see `StudentEvaluation`.
+        batch_size, base_seed, sampling, weights, every_n_epochs: see `StudentEvaluation`.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -44,14 +45,20 @@ class SamplePictures(StudentEvaluation):
         chosen = torch.tensor([row * count // rows for row in range(rows)], device=task.device)
         names = [task.class_names[label] for label in chosen]
         seeds = list(range(self.base_seed, self.base_seed + rows * self.per_class))
-        images = task.generate(chosen.repeat_interleave(self.per_class), seeds=seeds, **self.sampling)
-        stages = task.generate_stages(chosen, seeds=seeds[:: self.per_class], **self.sampling)
+        labels, firsts, size = chosen.repeat_interleave(self.per_class), seeds[:: self.per_class], self.at_once(task)
+        images: list[Tensor] = []
+        for i in range(0, len(labels), size):
+            images += task.generate(labels[i : i + size], seeds=seeds[i : i + size], **self.sampling).cpu()
+        ways: list[list[Tensor]] = []
+        for i in range(0, rows, size):
+            stages = task.generate_stages(chosen[i : i + size], seeds=firsts[i : i + size], **self.sampling)
+            ways += (list(way) for way in zip(*(stage.cpu() for stage in stages), strict=True))
         heads = [f"{n}x{n}" for n in task.vae.schedule.patch_nums]
         log_pictures(
             trainer,
             {
-                "samples": tile(images.unflatten(0, (rows, -1)), names, side=self.side),
-                "focus": tile([list(row) for row in zip(*stages, strict=True)], names, heads, self.side),
+                "samples": tile(torch.stack(images).unflatten(0, (rows, -1)), names, side=self.side),
+                "focus": tile(ways, names, heads, self.side),
             },
         )
 

@@ -3,7 +3,7 @@
 Legend: B batch, S scales, l tokens of one scale, V codebook, Z latent channels.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -166,7 +166,9 @@ def generate(
         revise=revise,
     )
     with torch.no_grad():
-        return vae.image(refocused(progress(stages), vae.schedule, focus))
+        f_hat = refocused(progress(stages), vae.schedule, focus)
+        stages.close()  # and with it the transformer's cache: the decoder needs the memory
+        return vae.image(f_hat)
 
 
 def generate_stages(var: VAR, vae: VQVAE, labels: Tensor, **options: Any) -> list[Tensor]:
@@ -188,7 +190,7 @@ def sample(
     generator: torch.Generator | None = None,
     more_smooth: bool = False,
     revise: Revise | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """f_hat (B, Z, h, w) after every scale; the arguments and errors of `generate`."""
     check_models(var, vae)
     conditional = _any_conditional(labels, var.num_classes)

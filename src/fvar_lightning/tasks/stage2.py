@@ -56,10 +56,18 @@ class Stage2Task(FiniteTask):
             initial_weights: what the student starts from.
             compile: the blocks.
             deferred: leave the networks to `configure_model`.
+
+        Raises:
+            ValueError: if nothing can make the teacher's alias tokens.
         """
         self.initial_weights, self.compile_blocks = initial_weights, compile
         self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
         vae, alias_tokenizer = frozen_tokenizers(structure, alias)
+        if self.teacher_loss_weight > 0 and alias_tokenizer is None and vae.targets != "view":
+            raise ValueError(
+                f"alias_tokenizer must be given: a structure tokenizer of targets {vae.targets!r} encodes no alias "
+                "residuals, those of 'view' alone do"
+            )
         # of files, before the trainer changes the precision; those of described tokenizers come with the checkpoint
         described = isinstance(structure, dict) or isinstance(alias, dict)
         self.tokenizers_sha256 = {} if described else hashes({"structure": vae, "alias": alias_tokenizer})

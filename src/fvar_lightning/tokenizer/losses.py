@@ -65,6 +65,18 @@ class FeatureLoss(nn.Module):
         return torch.stack(terms).sum()
 
 
+class LPIPSLoss(nn.Module):
+    """LPIPS on VGG16 (Zhang et al. 2018). The metric's network alone: the metric keeps every value it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = load_lpips("vgg").net
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """(B, 3, H, W) each, in [-1, 1] -> scalar."""
+        return self.network(reconstruction, target).mean()
+
+
 def perceptual_loss(kind: Perceptual) -> nn.Module:
     """The network a perceptual loss compares with, frozen: (B, 3, H, W) in [-1, 1], twice -> scalar.
 
@@ -80,7 +92,7 @@ def perceptual_loss(kind: Perceptual) -> nn.Module:
     if kind != "lpips":
         raise ValueError(f"perceptual must be 'efficientnet_lite1' or 'lpips' for a loss, got {kind!r}")
     try:
-        return load_lpips("vgg")
+        return LPIPSLoss()
     except ValueError as error:
         raise ValueError(
             f"perceptual 'lpips': {error}; or use 'efficientnet_lite1', which comes as a package"

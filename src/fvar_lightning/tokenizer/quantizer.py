@@ -50,7 +50,8 @@ class MultiScaleQuantizer(nn.Module):
 
     At scale s it quantises ``z_s - down_s(f_hat)`` and adds ``phi_s(up(code))``. With z_s the area average of one
     feature map this is VAR's quantiser; with z_s the features of view s it is next-focus quantisation. It computes in
-    float32 at least, under autocast and with weights of half precision too.
+    float32 at least, under autocast and with weights of half precision too (cuDNN rounds float32 convolutions to TF32
+    unless ``torch.backends.cudnn.allow_tf32`` is off).
 
     Args:
         patch_nums: side of every token map.
