@@ -191,23 +191,18 @@ def feature_vae(c: Config) -> VQVAE:
     return VQVAE(schedule, targets="feature", vocab_size=c.vocab_size, z_channels=c.z_channels, ch=c.ch)
 
 
-QUICKSTART = VQVAE(
-    FocusSchedule((1, 2, 3, 4, 6, 8), patch_size=8, max_radius=5.0),
-    vocab_size=512,
-    z_channels=16,
-    ch=16,
-    ch_mult=(1, 1, 2, 4),
-    num_res_blocks=1,
-    norm_groups=4,
-)
-
-
 def stage1_layouts(tiny: bool) -> dict[str, dict[str, Callable[[], object]]]:
-    """Forward and backward of two structure tokenizers, of the official width and the quickstart's, by layout of their
-    maps."""
-    c, cases = config(tiny), {}
-    official = feature_vae(c)
-    for name, vae, batch in ((f"width {c.ch}, `feature`", official, 1), ("quickstart, `view`", QUICKSTART, 16)):
+    """Forward and backward of structure tokenizers, of the official width and those of `structure_small` and the
+    quickstart, by layout of their maps."""
+    small = VQVAE(FocusSchedule(), vocab_size=1024, ch=64, num_res_blocks=1, norm_groups=8)
+    schedule = FocusSchedule((1, 2, 3, 4, 6, 8), patch_size=8, max_radius=5.0)
+    quickstart = VQVAE(
+        schedule, vocab_size=512, z_channels=16, ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, norm_groups=4
+    )
+    networks = {"width 160, `feature`": (feature_vae(config(tiny)), 1), "quickstart, `view`": (quickstart, 16)}
+    networks |= {} if tiny else {"`structure_small`, `view`": (small, 2)}
+    cases = {}
+    for name, (vae, batch) in networks.items():
         side = vae.schedule.image_size
         images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
         inputs, runs = vae.inputs(images), {}

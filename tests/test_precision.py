@@ -9,7 +9,7 @@ from torch import Tensor
 from fvar_lightning.commands import model
 from fvar_lightning.generation.editing import edit
 from fvar_lightning.generation.sampling import generate, generate_stages
-from fvar_lightning.precision import has_matrix_units, lacks_bfloat16
+from fvar_lightning.precision import lacks_bfloat16
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
@@ -100,7 +100,6 @@ def test_half_precision_decodes_nearly_the_same_image() -> None:
     ("text", "lacks"),
     [
         ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 gfni\n", False),
-        ("flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\n", False),
         ("Features\t: fp asimd i8mm bf16\n", False),
         ("flags\t\t: fpu avx2 avx512f\n", True),
         ("processor\t: 0\n", False),
@@ -109,7 +108,6 @@ def test_half_precision_decodes_nearly_the_same_image() -> None:
 def test_processors_tell_their_units(text: str, lacks: bool, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     assert lacks_bfloat16(str(tmp_path / "cpuinfo")) == lacks
-    assert has_matrix_units(str(tmp_path / "cpuinfo")) == ("amx" in text)
     assert not lacks_bfloat16(str(tmp_path / "none"))
 
 

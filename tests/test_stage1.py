@@ -10,7 +10,6 @@ from lightning import Callback, Trainer
 from torch._dynamo.utils import counters
 
 from distributed_worker import FixedImages, make_task
-from fvar_lightning.tasks import stage1
 from waits import Waits
 
 STEPS = 6
@@ -18,13 +17,12 @@ EVERYTHING = {"noise": (0.1, 0.1), "scale_dropout": 0.5, "adversarial_weight": 0
 
 
 def trained(
-    name: str, passes: int, folder: Path, callbacks: list[Callback] | None = None, steps: int = STEPS,
-    precision: Any = "64-true", **options: Any,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    name: str, passes: int, folder: Path, callbacks: list[Callback] | None = None, steps: int = STEPS, **options: Any
+) -> dict[str, torch.Tensor]:
     """Weights after a few steps of eight images each."""
     task = make_task(name, [], **options)
     trainer = Trainer(
-        accelerator="cpu", devices=1, precision=precision, max_steps=steps, accumulate_grad_batches=passes,
+        accelerator="cpu", devices=1, precision="64-true", max_steps=steps, accumulate_grad_batches=passes,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, callbacks=callbacks,
     )  # fmt: skip
@@ -42,21 +40,6 @@ def test_accumulated_passes_are_one_step_of_the_codebook(tmp_path: Path) -> None
 
 def test_the_alias_tokenizers_clock_counts_steps_too(tmp_path: Path) -> None:
     assert trained("alias", 2, tmp_path)["tokenizer.codebook.updates"] == STEPS
-
-
-@pytest.mark.parametrize(
-    ("precision", "units", "last"),
-    [("32-true", False, True), ("bf16-mixed", False, False), ("bf16-mixed", True, True)],
-)
-def test_maps_lie_as_the_device_convolves_them_fastest(
-    precision: str, units: bool, last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stage1, "has_matrix_units", lambda: units)
-    weights = trained("structure", 1, tmp_path, steps=1, precision=precision)
-    kernel = next(x for name, x in weights.items() if name.endswith("encoder.conv_in.weight"))
-    assert kernel.is_contiguous(memory_format=torch.channels_last) == last
-    assert kernel.is_contiguous() != last
-    assert stage1.quicker_layout(torch.device("cuda"), precision) == torch.channels_last
 
 
 class SteadySteps(Callback):

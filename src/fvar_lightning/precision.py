@@ -21,17 +21,7 @@ def lacks_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
     Args:
         cpuinfo: where Linux tells; elsewhere nothing is known.
     """
-    flags = _flags(cpuinfo)
-    return bool(flags) and not flags & {"avx512_bf16", "amx_bf16", "bf16"}
-
-
-def has_matrix_units(cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Whether the processor is known to multiply matrices of bfloat16 in units of their own (AMX)."""
-    return "amx_bf16" in _flags(cpuinfo)
-
-
-def _flags(cpuinfo: str) -> set[str]:
-    """What a processor tells that it has; nothing where it does not tell."""
     path = Path(cpuinfo)
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((set(line.split()) for line in lines if line.lower().startswith(("flags", "features"))), set())
+    flags = next((set(line.split()) for line in lines if line.lower().startswith(("flags", "features"))), None)
+    return flags is not None and not flags & {"avx512_bf16", "amx_bf16", "bf16"}

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import CodebookUsage
-from fvar_lightning.precision import has_matrix_units
 from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.training import (
     WarmupLinear,
@@ -33,13 +32,6 @@ from fvar_lightning.weights.describe import describe
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
     """AdamW as tokenizers are usually trained."""
     return torch.optim.AdamW(params, lr=3e-4, betas=(0.5, 0.9), weight_decay=0.05)
-
-
-def quicker_layout(device: torch.device, precision: str | None) -> torch.memory_format:
-    """Of maps: channels last, but not under bf16 on a CPU with vector units alone, where convolutions of few channels
-    are slower that way (docs/speed.md). GPUs and AMX convolve half precision in this layout."""
-    slow = device.type == "cpu" and str(precision).startswith("bf16") and not has_matrix_units()
-    return torch.contiguous_format if slow else torch.channels_last
 
 
 class Stage1Task(FiniteTask):
@@ -73,7 +65,8 @@ class Stage1Task(FiniteTask):
         check_lr_plan(lr_warmup, lr_final)
         check_seed(seed)
         self.schedule = tokenizer.schedule
-        self.tokenizer = tokenizer
+        # on a CPU 1.06 to 1.13 times as fast as contiguous maps in float32 (docs/speed.md); what GPUs recommend
+        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
         self.scales = scales
         self.pixel_weights, self.vq_weight = (l1_weight, l2_weight), vq_weight
         self.optimizer_factory = optimizer
@@ -102,8 +95,7 @@ class Stage1Task(FiniteTask):
     # When they do it
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of other views, and half-precision weights, in which a codebook's averages stand still;
-        lay the maps out as the device convolves them fastest.
+        """Refuse a data module of other views, and half-precision weights, in which a codebook's averages stand still.
 
         Raises:
             ValueError: naming what differs, or the trainer's precision.
@@ -113,7 +105,6 @@ class Stage1Task(FiniteTask):
             raise ValueError(
                 f"precision must be 32-true, bf16-mixed or 16-mixed for a tokenizer, got {self.trainer.precision}"
             )
-        self.tokenizer.to(memory_format=quicker_layout(self.trainer.strategy.root_device, self.trainer.precision))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the tokenizer, so that stage 2 and `load_tokenizer` can."""
