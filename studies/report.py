@@ -28,8 +28,11 @@ MAIN = {
     "grid": "grid, dB",
     "high_band": "high band, dB",
 }
-DETAIL = {f"spectrum/{name}": f"{name}, dB" for name in (
-    "distance_low", "distance_mid", "distance_high", "tilt_low", "tilt_mid", "tilt_high")}  # fmt: skip
+DETAIL = {
+    f"spectrum/{figure}_{part}": f"{title}, {third} third, dB"
+    for figure, title in {"distance": "spectrum", "tilt": "tilt"}.items()
+    for part, third in {"low": "coarsest", "mid": "middle", "high": "finest"}.items()
+}
 BUDGET = {
     "steps": "steps",
     "seconds_per_step": "seconds a step",

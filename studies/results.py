@@ -33,7 +33,7 @@ SHOWN = (
     "grid",
 )
 RACE = ("fd/reconstructions", "kd/real", "spectrum/distance_high", "high_band", "grid")
-TABLE = re.compile(r"(<!-- table: (.*?) -->\n\n)(?:\|.*\n)*")
+TABLE = re.compile(r"(<!-- table: (.*?) -->\n)\n?(?:\|.*\n)*\n?")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -107,7 +107,7 @@ def renewed(text: str, folder: Path) -> str:
 
     def replace(found: re.Match[str]) -> str:
         try:
-            return f"{found[1]}{table(shlex.split(found[2]), folder)}\n"
+            return f"{found[1]}\n{table(shlex.split(found[2]), folder)}\n\n"
         except (argparse.ArgumentError, KeyError, OSError) as error:
             raise ValueError(f"no table can be made of {found[2]!r}: {error!r}") from error
 
