@@ -33,6 +33,7 @@ from speed_models import (
 )
 from torch import Tensor
 
+from fvar_lightning.activations import saved_bytes
 from fvar_lightning.generation.sampling import generate, sample
 
 BATCHES = (1,) if TINY else (1, 4, 8)
@@ -143,7 +144,11 @@ def tokens(rounds: int) -> None:
 def stage1(rounds: int) -> None:
     """A step of the structure tokenizer's training by part, each forward and backward."""
     print_head("Stage 1, forward and backward by part", *COLUMNS)
-    compare("batch 1", stage1_parts(TINY), {}, rounds)
+    parts, networks = stage1_parts(TINY)
+    compare("batch 1", {name: lambda loss=loss: loss().backward() for name, loss in parts.items()}, {}, rounds)
+    print_head("Stage 1, what a part keeps for its backward pass", "part", "MiB")
+    for name, loss in parts.items():
+        print_row(name, f"{saved_bytes(loss, *networks) / 2**20:.0f}")
     print_head("Stage 1, the autoencoder forward and backward by layout of its maps", *COLUMNS)
     for case, runs in stage1_layouts(TINY).items():
         compare(case, runs, {f"{p}, channels last": [f"{p}, contiguous"] for p in ("float32", "bf16")}, rounds)

@@ -221,8 +221,8 @@ def stage1_layouts(tiny: bool) -> dict[str, dict[str, Callable[[], object]]]:
     return cases
 
 
-def stage1_parts(tiny: bool) -> dict[str, Callable[[], object]]:
-    """Forward and backward of every part of a structure tokenizer's step, `feature` targets."""
+def stage1_parts(tiny: bool) -> tuple[dict[str, Callable[[], Tensor]], list[nn.Module]]:
+    """Forward passes, each to a loss, of every part of a structure tokenizer's step (`feature`); and the networks."""
     c = config(tiny)
     vae = feature_vae(c).to(memory_format=torch.channels_last)
     vae.codebook.step()
@@ -233,16 +233,18 @@ def stage1_parts(tiny: bool) -> dict[str, Callable[[], object]]:
     fake = (torch.rand(1, 3, side, side, generator=draw) * 2 - 1).requires_grad_()
     cells = torch.randn(1, c.z_channels, c.patch_nums[-1], c.patch_nums[-1], generator=draw).requires_grad_()
 
-    def quantise() -> None:
-        vae.quantizer([vae.quantizer.down(cells, s) for s in range(len(c.patch_nums))]).loss.backward()
+    def quantise() -> Tensor:
+        loss = vae.quantizer([vae.quantizer.down(cells, s) for s in range(len(c.patch_nums))]).loss
         vae.codebook.step()
+        return loss
 
-    return {
-        "encoder": lambda: vae.quant_conv(vae.encoder(images)).sum().backward(),
+    parts: dict[str, Callable[[], Tensor]] = {
+        "encoder": lambda: vae.quant_conv(vae.encoder(images)).sum(),
         "quantiser and codebook": quantise,
-        "decoder": lambda: vae.decode_features(cells).sum().backward(),
-        "perceptual loss": lambda: perceptual(fake, images).backward(),
+        "decoder": lambda: vae.decode_features(cells).sum(),
+        "perceptual loss": lambda: perceptual(fake, images),
         "adversarial losses": lambda: (
             generator_loss(discriminator, fake) + discriminator_loss(discriminator, images, fake)
-        ).backward(),
+        ),
     }
+    return parts, [vae, perceptual, discriminator]

@@ -16,7 +16,7 @@ def test_every_part_prints_its_rows() -> None:
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
     print(run.stdout)
     titles = [line for line in run.stdout.splitlines() if line.startswith("### ")]
-    assert len(titles) == 8
+    assert len(titles) == 9
     assert run.stdout.count("| batch 1") >= 3 * 2 + 5 + 5 + 6
     assert run.stdout.count("channels last | ") == 2 * 2
 
