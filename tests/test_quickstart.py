@@ -1,5 +1,6 @@
 """`fvar quickstart`: any number of images, and going on in the same folder."""
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -146,13 +147,16 @@ def test_a_folder_keeps_to_its_source(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
+    keep_to_source(run, "b")  # and nothing was trained, as it held no images
     keep_to_source(run, "a")
+    (run / "structure").mkdir()
+    (run / "structure" / "last.ckpt").touch()
     keep_to_source(run, str(tmp_path / "a"))
     with pytest.raises(ValueError, match=r"output .*run' holds a run on '.*/a', not on '.*/b'"):
         quickstart("b", str(run))
     with pytest.raises(ValueError, match="not on 'photographs'"):
         quickstart(output=str(run))
-    assert [path.name for path in run.iterdir()] == ["source.json"]
+    assert json.loads((run / "source.json").read_text()) == {"source": str(tmp_path / "a")}
 
 
 def test_a_stage_of_other_tokens_is_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

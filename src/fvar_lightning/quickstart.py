@@ -137,14 +137,14 @@ def keep_to_source(folder: Path, source: str) -> None:
     note = folder / "source.json"
     if Path(source).expanduser().is_dir():
         source = str(Path(source).expanduser().resolve())
-    if not note.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"source": source})
-    elif (known := json.loads(note.read_text())["source"]) != source:
+    trained = any(folder.glob("*/last.ckpt"))
+    if trained and note.is_file() and (known := json.loads(note.read_text())["source"]) != source:
         raise ValueError(
             f"output {str(folder)!r} holds a run on {known!r}, not on {source!r}: give another; or remove "
             f"{str(note)!r} if these are the same images"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"source": source})
 
 
 def restart_if_other(stage: Path, index: Path) -> None:
