@@ -15,7 +15,7 @@ from PIL import Image
 
 from fvar_lightning.__main__ import run
 from fvar_lightning.callbacks.remaining import RemainingTime
-from fvar_lightning.quickstart import keep_to_source, quickstart, restart_if_other, train
+from fvar_lightning.quickstart import keep_to_source, quickstart, quickstart_command, restart_if_other, train
 from fvar_lightning.report import loss_curves, loss_panels, tokenizer_panels, what_it_says, what_next
 from fvar_lightning.tasks.fvar import FVARTask
 from test_token_cache import file_limit
@@ -141,7 +141,9 @@ def test_a_second_run_encodes_nothing_and_a_longer_one_everything(
         assert ("begin anew" in capsys.readouterr().out) == anew
 
 
-def test_a_folder_keeps_to_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_keeps_to_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Tokenizers of other images would count as done."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -154,8 +156,10 @@ def test_a_folder_keeps_to_its_source(tmp_path: Path, monkeypatch: pytest.Monkey
     keep_to_source(run, str(tmp_path / "a"))
     with pytest.raises(ValueError, match=r"output .*run' holds a run on '.*/a', not on '.*/b'"):
         quickstart("b", str(run))
-    with pytest.raises(ValueError, match="not on 'photographs'"):
-        quickstart(output=str(run))
+    with pytest.raises(SystemExit) as refused:
+        quickstart_command(["--output", str(run)])
+    assert refused.value.code == 2
+    assert "not on 'photographs'" in capsys.readouterr().err
     assert json.loads((run / "source.json").read_text()) == {"source": str(tmp_path / "a")}
 
 

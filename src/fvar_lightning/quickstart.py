@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 from time import perf_counter
 
@@ -20,6 +21,10 @@ from fvar_lightning.weights.files import read_checkpoint
 CROPS_PER_IMAGE = 2
 SECONDS = {"structure": 215.0, "alias": 35.0, "tokens": 10.0, "fvar": 230.0, "report": 5.0}
 """What the stages take on two CPU cores; those that train grow with the effort."""
+
+
+class OtherSource(ValueError):
+    """An output folder that holds a run on other images."""
 
 
 def quickstart(source: str = "photographs", output: str = "quickstart", effort: PositiveFloat = 1.0) -> None:
@@ -66,8 +71,16 @@ def quickstart(source: str = "photographs", output: str = "quickstart", effort: 
 
 
 def quickstart_command(args: list[str]) -> None:
-    """`fvar quickstart` with the given arguments."""
-    auto_cli(quickstart, args=args, prog="fvar quickstart")
+    """`fvar quickstart` with the given arguments.
+
+    Raises:
+        SystemExit: with status 2 if an argument is refused; the message names it.
+    """
+    try:
+        auto_cli(quickstart, args=args, prog="fvar quickstart")
+    except OtherSource as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def accelerator() -> str:
@@ -139,7 +152,7 @@ def keep_to_source(folder: Path, source: str) -> None:
         source = str(Path(source).expanduser().resolve())
     trained = any(folder.glob("*/last.ckpt"))
     if trained and note.is_file() and (known := json.loads(note.read_text())["source"]) != source:
-        raise ValueError(
+        raise OtherSource(
             f"output {str(folder)!r} holds a run on {known!r}, not on {source!r}: give another; or remove "
             f"{str(note)!r} if these are the same images"
         )
