@@ -42,7 +42,18 @@ from judging import (
     statistics_of,
 )
 from report import plot_arms, plot_gaps, plot_learning, text, write_figures, write_sheet
-from sets import NETWORKS, QUICKSTART, SETS, STUDENT, contents, data_module, held_out, images_of
+from sets import (
+    NETWORKS,
+    QUICKSTART,
+    SETS,
+    STAGE_2_STEPS,
+    STUDENT,
+    TOKENIZER_STEPS,
+    contents,
+    data_module,
+    held_out,
+    images_of,
+)
 
 from fvar_lightning.atomic import replacing, write_json
 from fvar_lightning.callbacks.loggers import read_metrics
@@ -53,8 +64,6 @@ from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.weights.checkpoints import load_fvar_checkpoint, load_tokenizer
 from fvar_lightning.weights.identity import versions
 
-STAGE_2_STEPS = 400
-"""Of the quickstart, at effort 1."""
 ALIAS_EFFORT = 1.0
 """Of the alias tokenizer at most: what --tokenizer-effort is to better are the images."""
 MUCH_SLOWER = 1.02
@@ -314,7 +323,12 @@ def main(args: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--baseline", choices=ARMS, metavar="ARM", default="var")
     parser.add_argument("--effort", type=float, default=1.25, help=f"factor on {STAGE_2_STEPS} steps of stage 2")
-    parser.add_argument("--tokenizer-effort", type=float, default=1.0, help="factor on the quickstart's 500 steps")
+    parser.add_argument(
+        "--tokenizer-effort",
+        type=float,
+        default=1.0,
+        help=f"factor on the structure tokenizer's {TOKENIZER_STEPS} steps",
+    )
     parser.add_argument("--crops", type=int, default=4, help="passes over the training images in the token cache")
     parser.add_argument("--count", type=int, default=2000, help="images to generate, and real ones to compare with")
     parser.add_argument("--equal-time", action="store_true", help="slower arms once more, for the baseline's time")

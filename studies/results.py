@@ -4,20 +4,20 @@
 
 Every table stands below a comment that says what is in it, in words of a command (`arguments`):
 
-    <!-- table: arms scenes128-longest --seeds 0 1 2 --arms var next_focus --columns fd/real grid -->
+    <!-- table: arms scenes-1250-1200 --seeds 0 1 2 --arms var next_focus --columns fd/real grid -->
 """
 
 import argparse
 import json
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 from arms import ARMS
 from report import DETAIL, MAIN, by_scale, overview, read_figures
+from sets import STAGE_2_STEPS, TOKENIZER_STEPS
 from tables import Figures, differences, markdown, p_value, paired, spread, values
 
 from fvar_lightning.atomic import replacing
@@ -87,7 +87,8 @@ def race(studies: Sequence[tuple[str, str]], baseline: str, arm: str, folder: Pa
         before, after = (kinds["tokenizers"][ARMS[name].tokens] for name in (baseline, arm))
         ahead = differences(b, a, "fd/real")
         rows.append([
-            f"{round(500 * steps['tokenizer_effort'])} / {round(400 * steps['effort'])}", f"{first} to {last}",
+            f"{round(TOKENIZER_STEPS * steps['tokenizer_effort'])} / {round(STAGE_2_STEPS * steps['effort'])}",
+            f"{first} to {last}",
             *(spread(values(found, "fd/real")) for found in (a, b)), paired(ahead), f"{p_value(ahead):.2g}",
             *(paired(differences(b, a, figure)) for figure in RACE), paired(differences(after, before, "fd/real")),
             " / ".join(f"{mean(values(found, 'settled')):.1%}" for found in (a, b)),
@@ -125,4 +126,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

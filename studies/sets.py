@@ -42,6 +42,8 @@ SETS = {
 }
 NETWORKS = {"scenes128": [], "FashionMNIST": ["--model.ch_mult=[1, 2, 4]"], "photographs": []}
 """What the structure tokenizer needs beside the quickstart's arguments."""
+TOKENIZER_STEPS, STAGE_2_STEPS = 500, 400
+"""Of the quickstart, at effort 1."""
 STUDENT = ["--model.depth=4", "--model.width=128", "--model.heads=4"]
 """A smaller one than the quickstart's: so many arms and seeds fit into hours."""
 

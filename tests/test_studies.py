@@ -48,7 +48,6 @@ def make_control(name: str, tokenizers: list[str], **options: object) -> FVARTas
     plain = make_taught_task(tokenizers)
     options = {"num_classes": 2, "depth": 2, "width": 32, "heads": 2} | options
     control = getattr(controls, name, None) or getattr(levers, name)
-    control = getattr(levers, name, None) or getattr(controls, name)
     control = control(*tokenizers, **options)
     control.load_state_dict(plain.state_dict(), strict=False)
     return control

@@ -19,6 +19,9 @@ from fvar_lightning.weights.pretrained import check_sampling
 
 T = TypeVar("T")
 
+IMAGES_AT_ONCE = 32
+"""Images of 256 px generated together, unless told otherwise."""
+
 
 def use_raw_weights(task: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Put the weights of the last step in the place of those `EMAWeightAveraging` averaged, if the checkpoint has both.
@@ -205,7 +208,8 @@ class StudentEvaluation(Callback):
 
     def at_once(self, task: FVARTask) -> int:
         """How many are generated together."""
-        return self.batch_size or max(min(32, 32 * sum(n**2 for n in VAR_PATCH_NUMS) // task.student.layout.length), 1)
+        fitting = IMAGES_AT_ONCE * sum(n**2 for n in VAR_PATCH_NUMS) // task.student.layout.length
+        return self.batch_size or max(min(IMAGES_AT_ONCE, fitting), 1)
 
     def label(self, index: int, num_classes: int) -> int:
         """Class of an image."""
