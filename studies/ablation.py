@@ -9,7 +9,7 @@ these caches, with the same images, steps, batches and start, and what each of t
 kernel distance in the features of EfficientNet-Lite0 to held-out images, and to their reconstructions by the arm's
 tokenizer, which is what the generator alone adds; precision and recall; spectrum and grid; cross-entropy of held-out
 tokens; the teacher's gap. With --equal-time arms whose steps take longer than the baseline's run once more, for so many
-steps as take the baseline's time.
+steps as take the baseline's time. With --guidance the same students are sampled at other strengths too.
 
 Everything is kept as soon as it is done: the same command goes on where it was stopped, with more arms and seeds too,
 and two with different --seeds may run at once. What is written is of the seeds and arms asked for: report.md, beside it
@@ -71,6 +71,11 @@ MUCH_SLOWER = 1.02
 BATCH_SIZE = 16
 SHOWN = 64
 """Samples kept of every run, for the sheets."""
+
+
+def guided_by(strength: object) -> str:
+    """Name of a budget: equal steps, and this strength of guidance."""
+    return f"guidance {strength}"
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,9 @@ class Study:
         arguments += [f"--model.seed={seed}"]
         seldom = [f"--trainer.val_check_interval={max(steps // 8, 1)}", "--trainer.limit_val_batches=16"]
         task = train("fvar", folder, effort, [*arguments, *seldom]).model
-        figures = self.judge(folder, ARMS[name].tokens, seed, cache / "val")
+        figures = self.judge(folder, folder, arm.tokens, seed)
+        var, vae, _ = load_fvar_checkpoint(folder / "fvar" / "last.ckpt")
+        figures |= cross_entropies(var, vae, cache / "val", self.count)
         if task.teacher is not None:
             figures |= self.gap(folder, arguments)
         curve = read_metrics(folder / "fvar").get("val/student", [])
@@ -186,18 +193,26 @@ class Study:
         write_json(path, figures)
         return figures
 
-    def judge(self, folder: Path, tokens: str, seed: int, held_out_tokens: Path) -> dict[str, float]:
-        """Figures of a trained student and of what it generates."""
-        var, vae, info = load_fvar_checkpoint(folder / "fvar" / "last.ckpt")
-        made = samples(var, vae, self.count, seed * self.count, **info.sampling)
+    def judge(self, trained: Path, folder: Path, tokens: str, seed: int, **sampling: Any) -> dict[str, float]:
+        """Figures of what a trained student generates, some of which goes into the folder; sampled in the student's own
+        way but for what is given."""
+        var, vae, info = load_fvar_checkpoint(trained / "fvar" / "last.ckpt")
+        made = samples(var, vae, self.count, seed * self.count, **info.sampling | sampling)
         with replacing(folder / "samples.npz") as beside, beside.open("wb") as file:
             np.savez(file, images=made[:: max(len(made) // SHOWN, 1)].numpy())
         statistics = statistics_of(made)
         figures = distances(statistics, self.real, "real") | likeness(statistics, self.real)
         reconstructed = Statistics.load(self.reconstructed(tokens, seed))
         figures |= distances(statistics, reconstructed, "reconstructions")
-        figures |= detail(made, self.real_images, vae.schedule.patch_size)
-        return figures | cross_entropies(var, vae, held_out_tokens, self.count)
+        return figures | detail(made, self.real_images, vae.schedule.patch_size)
+
+    def guided(self, name: str, seed: int, strength: float) -> None:
+        """Figures of the same student at another strength of guidance, made if they are missing."""
+        folder = self.place(name, seed, guided_by(strength))
+        if not (path := folder / "figures.json").is_file():
+            folder.mkdir(exist_ok=True)
+            trained = self.place(name, seed, "steps")
+            write_json(path, self.judge(trained, folder, ARMS[name].tokens, seed, guidance=strength))
 
     def gap(self, folder: Path, arguments: list[str]) -> dict[str, float]:
         """What `TeacherGap` finds."""
@@ -248,9 +263,11 @@ class Study:
 
     def write(self, seeds: Sequence[int], names: Sequence[str], baseline: str, sheets: int) -> str:
         """Tables, plots and sheets of what is done so far of these seeds and arms; the tables."""
+        runs = [self.place(name, seed, "") for name in names for seed in seeds]
+        strengths = {path.name for run in runs for path in run.glob(guided_by("*"))}
         budgets = {
             budget: {name: found for name in names if (found := self.found(name, seeds, budget))}
-            for budget in ("steps", "time")
+            for budget in ("steps", "time", *sorted(strengths))
         }
         budgets = {budget: results for budget, results in budgets.items() if results}
         files = {
@@ -332,6 +349,7 @@ def main(args: Sequence[str] | None = None) -> str:
     parser.add_argument("--crops", type=int, default=4, help="passes over the training images in the token cache")
     parser.add_argument("--count", type=int, default=2000, help="images to generate, and real ones to compare with")
     parser.add_argument("--equal-time", action="store_true", help="slower arms once more, for the baseline's time")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[], help="strengths to sample with beside the own")
     parser.add_argument("--sheets", type=int, default=2, help="seeds that get a picture sheet")
     parser.add_argument("--report", action="store_true", help="run nothing: tables of what is done")
     parser.add_argument("--tiny", action="store_true", help="a size of seconds: that it runs, not what comes out")
@@ -350,7 +368,8 @@ def main(args: Sequence[str] | None = None) -> str:
         if not any(study.found(name, options.seeds, "steps") for name in names):
             parser.error(f"--output {study.folder} holds no figures of {', '.join(names)} yet")
         return study.write(options.seeds, names, options.baseline, options.sheets)
-    record(study, names, options.seeds, ["steps", "time"] if options.equal_time else ["steps"], parser)
+    budgets = ["steps", *["time"] * options.equal_time, *map(guided_by, options.guidance)]
+    record(study, names, options.seeds, budgets, parser)
     for seed in options.seeds:
         baseline = study.student(options.baseline, seed, "steps", study.effort)
         for name in names:
@@ -358,6 +377,9 @@ def main(args: Sequence[str] | None = None) -> str:
             study.write(options.seeds, names, options.baseline, options.sheets)
         for name in names if options.equal_time else ():
             study.equal_time(name, seed, baseline)
+        for name in names:
+            for strength in options.guidance:
+                study.guided(name, seed, strength)
     return study.write(options.seeds, names, options.baseline, options.sheets)
 
 

@@ -29,6 +29,9 @@ TOKENS: dict[str, tuple[str, list[str]]] = {
     "sharp_committed": ("disk", ["--model=token_levers.SharpCommitted"]),
     "drawn": ("disk", ["--model=token_levers.Drawn"]),
     "passing": ("disk", ["--model=token_levers.Passing"]),
+    "smooth": ("disk", ["--model=token_levers.Smooth"]),
+    "grid_loss": ("disk", ["--model=token_levers.GridLoss"]),
+    "smooth_grid_loss": ("disk", ["--model=token_levers.SmoothGridLoss"]),
 }
 """Structure tokenizers: their optics and arguments of their stage."""
 

@@ -82,7 +82,8 @@ def text(budgets: Mapping[str, Results], tokenizers: Results, baseline: str) -> 
         overview(tokenizers, [ARMS[baseline].tokens], shown | DETAIL),
     ]
     for budget, results in budgets.items():
-        parts += [f"## Equal {budget}", overview(results, [baseline], MAIN), overview(results, [baseline], DETAIL),
+        title = f"Equal {budget}" if budget in ("steps", "time") else f"Equal steps, {budget}"
+        parts += [f"## {title}", overview(results, [baseline], MAIN), overview(results, [baseline], DETAIL),
                   overview(results, [], BUDGET)]  # fmt: skip
     results = budgets["steps"]
     for tokens, group in same_tokens(results).items():

@@ -44,6 +44,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="all by default")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["var", "next_focus"], help="of a race, two")
     parser.add_argument("--baselines", nargs="+", choices=ARMS, default=["var"], help="which arms differences are to")
+    parser.add_argument("--budget", default="steps", help="of arms: steps, time, or such as 'guidance 3.0'")
     parser.add_argument("--columns", nargs="+", choices=TITLES, default=SHOWN)
     parser.add_argument("--figure", help="of a table by scales, such as teacher_gap")
     return parser
@@ -55,7 +56,7 @@ def table(words: Sequence[str], folder: Path) -> str:
     if asked.kind == "race":
         return race([study.partition(":")[::2] for study in asked.studies], *asked.arms, folder)
     kinds = figures_of(folder / asked.studies[0], asked.seeds)
-    arms = {arm: kinds["steps"][arm] for arm in asked.arms}
+    arms = {arm: kinds[asked.budget][arm] for arm in asked.arms}
     if asked.kind == "scales":
         return by_scale(arms, asked.figure)
     columns = {figure: TITLES[figure] for figure in asked.columns}

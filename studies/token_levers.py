@@ -1,15 +1,18 @@
-"""Tasks of stage 1 that the ablation tries: other ties between the features of the views.
+"""Tasks of stage 1 that the ablation tries: other ties between the features of the views, and less of the token grid.
 
 Legend: S scales, z_s features of view s, f_hat_s the map after scale s.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tokenizer.autoencoder import Upsample2x
 from fvar_lightning.tokenizer.quantizer import Quantized
 
 COMMITMENT = 0.25
@@ -74,3 +77,33 @@ class Passing(SharpCommitted):
         with torch.no_grad():
             blurred = self.tokenizer.features(inputs)[:-1]
         return [*blurred, self.tokenizer.features(inputs)[-1]]
+
+
+class Smooth(TokenizerTask):
+    """Every up-sampling of the decoder begins as bilinear interpolation: the same network, other initial weights."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        row = torch.tensor([0.25, 0.5, 0.25])  # what linear interpolation is behind a doubling of cells
+        for module in self.tokenizer.decoder.modules():
+            if isinstance(module, Upsample2x):
+                torch.nn.init.dirac_(module.conv.weight)
+                with torch.no_grad():
+                    module.conv.weight.copy_(module.conv.weight.sum((2, 3), keepdim=True) * torch.outer(row, row))
+
+
+class GridLoss(TokenizerTask):
+    """A loss on the harmonics of the token grid: the mean of an image's patches is to be the original's."""
+
+    weight = 10.0
+
+    def further_losses(self, passed: Any, loss: Tensor, terms: Any) -> Tensor:
+        error = passed.decoded[0] - passed.targets[0]
+        patches = rearrange(error, "b c (h p) (w q) -> b c p q (h w)", p=(p := self.schedule.patch_size), q=p)
+        periodic = patches.mean(-1)
+        periodic = periodic - periodic.mean((-1, -2), keepdim=True)
+        return super().further_losses(passed, loss, terms) + self.weight * periodic.square().mean()
+
+
+class SmoothGridLoss(Smooth, GridLoss):
+    """Both."""

@@ -14,13 +14,14 @@ def test_ablation_runs_and_goes_on_and_its_models_are_sampled(tmp_path: Path, mo
     monkeypatch.syspath_prepend(str(STUDIES))
     import ablation
 
-    command = ["photographs", "--tiny", "--output", str(tmp_path), "--seeds", "0", "--equal-time"]
+    command = ["photographs", "--tiny", "--output", str(tmp_path), "--seeds", "0", "--equal-time", "--guidance", "3"]
     ablation.main([*command, "--arms", "fvar"])
     folder = tmp_path / "photographs"
     made = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".ckpt", ".npz")}
     table = ablation.main([*command, "--arms", "fvar", "self_distilled"])
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    for title in ("## Equal steps", "## Equal time", "| `var` |", "| `fvar` |", "| `self_distilled` |", "## Mean gate"):
+    rows = ("| `var` |", "| `fvar` |", "| `self_distilled` |")
+    for title in ("## Equal steps\n", "## Equal time", "## Equal steps, guidance 3.0", *rows, "## Mean gate"):
         assert title in table
     written = {path.name for path in folder.iterdir() if path.is_file()}
     assert {"report.md", "figures.csv", "inputs.json", "steps.png", "time.png", "samples-0.png"} <= written
