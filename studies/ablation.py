@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from arms import ARMS, CONTROLS, OPTICS, PAPER, TOKENS, Arm, override
 from judging import (
+    codes_in_use,
     cross_entropies,
     detail,
     distances,
@@ -183,6 +184,7 @@ class Study:
         figures = self.judge(folder, folder, arm.tokens, seed)
         var, vae, _ = load_fvar_checkpoint(folder / "fvar" / "last.ckpt")
         figures |= cross_entropies(var, vae, cache / "val", self.count)
+        figures |= codes_in_use(vae.vocab_size, var.layout.patch_nums, cache / "val", self.count)
         if task.teacher is not None:
             figures |= self.gap(folder, arguments)
         curve = read_metrics(folder / "fvar").get("val/student", [])

@@ -21,6 +21,10 @@ TOKENS: dict[str, tuple[str, list[str]]] = {
     "full": ("disk", ["--model.targets=full"]),
     "feature": ("disk", ["--model.targets=feature"]),
     "unfocused": ("none", []),
+    "whole": ("disk", ["--model.scale_dropout=0"]),
+    "whole_feature": ("disk", ["--model.targets=feature", "--model.scale_dropout=0"]),
+    "whole_unfocused": ("none", ["--model.scale_dropout=0"]),
+    "sharp_feature": ("none", ["--model.targets=feature"]),
     "gaussian": ("gaussian", []),
     "lanczos": ("lanczos", []),
     "nyquist": ("nyquist", []),
@@ -31,6 +35,7 @@ TOKENS: dict[str, tuple[str, list[str]]] = {
     "passing": ("disk", ["--model=token_levers.Passing"]),
     "smooth": ("disk", ["--model=token_levers.Smooth"]),
     "grid_loss": ("disk", ["--model=token_levers.GridLoss"]),
+    "octaves": ("disk", ["--model=token_levers.Octaves"]),
     "smooth_grid_loss": ("disk", ["--model=token_levers.SmoothGridLoss"]),
 }
 """Structure tokenizers: their optics and arguments of their stage."""
@@ -87,6 +92,10 @@ OURS = {
     "nyquist": Arm("nyquist"),
     "nyquist_alone": Arm("nyquist", arguments=ALONE),
     "per_scale": Arm("per_scale"),
+    "whole_alone": Arm("whole", arguments=ALONE),
+    "whole_var": Arm("whole_feature", "none", ALONE),
+    "whole_no_refocusing": Arm("whole_unfocused", "none", ALONE),
+    "sharp_var": Arm("sharp_feature", "none", ALONE),
     "full": Arm("full"),
     "full_alone": Arm("full", arguments=ALONE),
 }

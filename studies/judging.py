@@ -97,6 +97,20 @@ def cross_entropies(var: VAR, vae: VQVAE, cache: Path, limit: int) -> dict[str, 
     }
 
 
+def codes_in_use(vocab_size: int, patch_nums: Sequence[int], cache: Path, limit: int) -> dict[str, float]:
+    """Perplexity of the held-out tokens (as many codes used evenly would have it), by scale and over all."""
+    tokens = TokenDataset(cache)
+    structure = torch.stack([tokens[i][0] for i in range(min(limit, len(tokens)))])
+    parts = {
+        f"{n}x{n}": part for n, part in zip(patch_nums, structure.split([n * n for n in patch_nums], 1), strict=True)
+    }
+    found = {}
+    for name, part in (parts | {"all": structure}).items():
+        shares = part.flatten().bincount(minlength=vocab_size) / part.numel()
+        found[f"codes/{name}"] = float(torch.special.entr(shares.double()).sum().exp())
+    return found
+
+
 def seconds_per_step(task: FVARTask, cache: Path, batch_size: int, steps: int = 15) -> float:
     """Median time of a training step: of the CPU, which does not count what others run beside it; on a GPU, of the
     clock."""

@@ -27,6 +27,7 @@ SHOWN = (
     "fd/real",
     "fd/reconstructions",
     "kd/real",
+    "spectrum/tilt_low",
     "spectrum/distance_mid",
     "spectrum/distance_high",
     "high_band",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tokenizer.autoencoder import Upsample2x
+from fvar_lightning.tokenizer.losses import texture_loss
 from fvar_lightning.tokenizer.quantizer import Quantized
 
 COMMITMENT = 0.25
@@ -107,3 +108,16 @@ class GridLoss(TokenizerTask):
 
 class SmoothGridLoss(Smooth, GridLoss):
     """Both."""
+
+
+class Octaves(TokenizerTask):
+    """The texture loss on images of half and of a quarter of the size too, which hold the coarser parts of the band."""
+
+    octaves = 2
+
+    def further_losses(self, passed: Any, loss: Tensor, terms: Any) -> Tensor:
+        images, targets = passed.decoded[0], passed.targets[0]
+        for _ in range(self.octaves):
+            images, targets = F.avg_pool2d(images, 2), F.avg_pool2d(targets, 2)
+            loss = loss + self.texture_weight * texture_loss(images, targets)
+        return super().further_losses(passed, loss, terms)
