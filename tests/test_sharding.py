@@ -90,9 +90,12 @@ def test_networks_of_the_meta_device_get_everything_from_the_first_process(mesh:
             assert torch.equal(own.full_tensor() if isinstance(own, DTensor) else own, tensor), name
         assert torch.equal(found.level_ids, expected.level_ids)
     assert torch.equal(shards[1].network.level_ids, whole[1].network.level_ids)
-    with gathered(shards[0]):
-        assert shards[0].head.weight.dtype == torch.bfloat16
-        assert torch.is_autocast_enabled("cpu")
+    for _ in range(2):
+        with gathered(shards[0]):
+            assert shards[0].head.weight.dtype == torch.bfloat16
+            assert torch.is_autocast_enabled("cpu")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            shards[0].trace(torch.arange(BATCH), torch.randn(BATCH, 13, 4), None)  # as a validation leaves it
 
 
 def test_compiling_leaves_the_names_of_weights_alone() -> None:

@@ -91,6 +91,8 @@ def gathered(network: nn.Module) -> Iterator[None]:
     autocast, as in training. Does nothing for a network that is not sharded.
     """
     shards = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for module in shards:  # after a pass without gradients some are still gathered, in another precision
+        module.reshard()
     kept = next(network.parameters())
     for module in shards:
         module.unshard()
