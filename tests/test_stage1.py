@@ -9,11 +9,15 @@ import torch
 from lightning import Callback, Trainer
 from torch._dynamo.utils import counters
 
-from distributed_worker import FixedImages, make_task
+from distributed_worker import FixedImages, make_task, make_trainer
 from waits import Waits
 
 STEPS = 6
 EVERYTHING = {"noise": (0.1, 0.1), "scale_dropout": 0.5, "adversarial_weight": 0.5, "adversarial_start": 0.0}
+
+
+class Validated(FixedImages):
+    val_dataloader = FixedImages.train_dataloader
 
 
 def trained(
@@ -40,6 +44,18 @@ def test_accumulated_passes_are_one_step_of_the_codebook(tmp_path: Path) -> None
 
 def test_the_alias_tokenizers_clock_counts_steps_too(tmp_path: Path) -> None:
     assert trained("alias", 2, tmp_path)["tokenizer.codebook.updates"] == STEPS
+
+
+@pytest.mark.parametrize("name", ["structure", "alias"])
+def test_a_tokenizer_may_be_validated_before_it_is_trained_and_after(name: str, tmp_path: Path) -> None:
+    """As in a notebook: Lightning validates in inference mode, whose tensors nothing else may add to."""
+    task, data = make_task(name, []), Validated()
+    trainer = make_trainer("auto", "32-true", 1, 1, tmp_path)
+    found = [trainer.validate(task, data, verbose=False)[0]["val/usage/all"]]
+    trainer.fit(task, data)
+    found.append(float(trainer.callback_metrics["val/usage/all"]))
+    found.append(trainer.validate(task, data, verbose=False)[0]["val/usage/all"])
+    assert found[2] == found[1] != found[0]
 
 
 class SteadySteps(Callback):

@@ -105,4 +105,3 @@ class AliasTokenizerTask(Stage1Task):
         """Log ``val/snr/*`` per scale, in dB."""
         pairs = zip(self.schedule.patch_nums, self.snr.compute(), strict=False)
         self.log_dict({f"val/snr/{n}x{n}": x for n, x in pairs})
-        self.snr.reset()

@@ -26,10 +26,10 @@ class _Report(NamedTuple):
 class FiniteTask(LightningModule):
     """Stops where a term of the loss is NaN or infinite, before any checkpoint holds what comes of it.
 
-    The terms are kept on their device and looked at together: every step on a CPU; on a GPU, which nothing but the
-    progress bar waits for in between, every ``log_every_n_steps`` steps and before every checkpoint. A step pays for
-    one small copy. With several processes a look costs an all-reduced flag, and all ranks stop together. A checkpoint
-    costs one pass over its weights, none of which may be NaN or infinite in it.
+    The terms are kept on their device and looked at together: every step on a CPU; on a GPU, so that it need not be
+    waited for in between, every ``log_every_n_steps`` steps and before every checkpoint. A step pays for one small
+    copy. With several processes a look costs an all-reduced flag, and all ranks stop together. A checkpoint costs one
+    pass over its weights, none of which may be NaN or infinite in it.
     """
 
     def __init__(self) -> None:

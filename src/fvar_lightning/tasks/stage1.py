@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import CodebookUsage
@@ -65,7 +66,8 @@ class Stage1Task(FiniteTask):
         check_lr_plan(lr_warmup, lr_final)
         check_seed(seed)
         self.schedule = tokenizer.schedule
-        # on a CPU 1.06 to 1.13 times as fast as contiguous maps in float32 (docs/speed.md); what GPUs recommend
+        # on a CPU 1.06 to 1.13 times as fast as contiguous maps in float32 (docs/speed.md); on a GPU, where its makers
+        # recommend it for convolutions but a GroupNorm returns contiguous maps, not measured
         self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
         self.scales = scales
         self.pixel_weights, self.vq_weight = (l1_weight, l2_weight), vq_weight
@@ -89,7 +91,7 @@ class Stage1Task(FiniteTask):
         raise NotImplementedError
 
     def log_figures(self) -> None:
-        """Log these figures at the end of a validation, and begin anew."""
+        """Log these figures at the end of a validation, before all metrics of the task begin anew."""
         raise NotImplementedError
 
     # When they do it
@@ -168,8 +170,11 @@ class Stage1Task(FiniteTask):
         sides = self.schedule.patch_nums[: self.scales]
         self.log_dict({f"val/usage/{n}x{n}": u for n, u in zip(sides, usage[:-1], strict=True)})
         self.log("val/usage/all", usage[-1], prog_bar=True)
-        self.usage.reset()
         self.log_figures()
+        with torch.inference_mode(False):  # Lightning validates in it, and a later fit could not add to what it leaves
+            for metric in self.children():
+                if isinstance(metric, Metric):
+                    metric.reset()
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

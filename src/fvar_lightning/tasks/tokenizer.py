@@ -247,7 +247,6 @@ class TokenizerTask(Stage1Task):
     def log_figures(self) -> None:
         """Log ``val/psnr``, in dB."""
         self.log("val/psnr", self.psnr.compute(), prog_bar=True)
-        self.psnr.reset()
 
     @torch.no_grad()
     def reconstruct(self, batch: ImageBatch) -> list[Tensor]:
