@@ -39,10 +39,15 @@ def make_batch(requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_attention_per_scale_equals_one_masked_call() -> None:
-    q, k, v = torch.randn(3, 2, 2, 14, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 2, 2, 14, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    wanted = torch.randn(2, 2, 14, 8, generator=generator, dtype=torch.float64)
     mask = LAYOUT.block_causal_mask()
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
-    torch.testing.assert_close(torch.cat(block_causal_attention(q, k, v, LAYOUT.slices, 0.3), dim=2), expected)
+    expected = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=0.3)
+    found = torch.cat(block_causal_attention(*qkv, LAYOUT.slices, 0.3), dim=2)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x, qkv, wanted)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,7 @@ Legend: B batch, L tokens, C width, H heads, D = C / H.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +58,34 @@ def normalised(q: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Tenso
     return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
 
 
+class _UpToEveryScale(torch.autograd.Function):
+    """(B, H, L, D) -> its first tokens, up to the end of every scale, as views.
+
+    Slices would each have a gradient of the whole length, filled with zeros: with ten scales a good part of the
+    backward pass of attention on a CPU, and more where memory is what bounds it. These add up in one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stops: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.stops = stops
+        return tuple(x[:, :, :stop] for stop in stops)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        whole = gradients[-1].clone()
+        for stop, gradient in zip(ctx.stops[:-1], gradients[:-1], strict=True):
+            whole[:, :, :stop] += gradient
+        return whole, None
+
+
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, slices: Sequence[slice], scale: float) -> list[Tensor]:
     """Every scale reads itself and the scales before it: (B, H, L, D) each -> (B, H, l, D) of every scale.
 
     One call per scale without a mask is exact, lets fused kernels run, and needs no (L, L) tensor.
     """
-    return [
-        F.scaled_dot_product_attention(q[:, :, s], k[:, :, : s.stop], v[:, :, : s.stop], scale=scale) for s in slices
-    ]
+    queries = q.split([s.stop - s.start for s in slices], dim=2)
+    keys, values = (_UpToEveryScale.apply(x, tuple(s.stop for s in slices)) for x in (k, v))
+    return [F.scaled_dot_product_attention(*read, scale=scale) for read in zip(queries, keys, values, strict=True)]
 
 
 def merged(heads: Sequence[Tensor]) -> Tensor:
