@@ -44,7 +44,10 @@ def module(source: object, **options) -> ImageDataModule:
 
 
 def on_rank(data, rank: int, ranks: int):
-    data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, num_devices=1, lightning_module=None)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(
+        world_size=ranks, global_rank=rank, num_devices=1, lightning_module=None, strategy=strategy
+    )
     return data
 
 
@@ -95,12 +98,11 @@ def test_validation_sees_every_image_once_over_three_ranks_in_equally_many_batch
 
 def test_a_task_of_slurm_has_its_cores_to_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
 
     def workers() -> int:
         data = module(folder, num_workers=None)
-        data.trainer = SimpleNamespace(num_devices=8)
+        data.trainer = SimpleNamespace(num_devices=8, strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
         return data._options(None)["num_workers"]
 
     assert workers() == 0, "twelve cores for eight GPUs"
@@ -108,6 +110,19 @@ def test_a_task_of_slurm_has_its_cores_to_itself(folder: Path, monkeypatch: pyte
     assert workers() == 8
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     assert workers() == 3
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_leaves_the_gpu_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    data = module(folder, num_workers=None)
+    assert data._options(None)["pin_memory"]
+    data.trainer = SimpleNamespace(num_devices=1, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    options = data._options(None)
+    assert not options["pin_memory"]
+    assert options["num_workers"] == 2, "the cores are needed for training"
 
 
 def test_validation_mixes_classes_in_the_same_order_every_time(tmp_path: Path) -> None:

@@ -69,7 +69,10 @@ def test_ranks_resume_the_batches_of_an_undisturbed_run(image_folder: Path) -> N
         shares = []
         for rank in range(3):
             data = make_data(image_folder, batch_size=3, samples_per_class=11)
-            data.trainer = SimpleNamespace(world_size=3, global_rank=rank, num_devices=3, lightning_module=None)
+            strategy = SimpleNamespace(root_device=torch.device("cpu"))
+            data.trainer = SimpleNamespace(
+                world_size=3, global_rank=rank, num_devices=3, lightning_module=None, strategy=strategy
+            )
             data.finished_seeds = lambda: finished
             shares.append([batch.seeds.tolist() for batch in data.predict_dataloader()])
         return shares

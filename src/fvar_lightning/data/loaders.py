@@ -101,6 +101,13 @@ class SharedLoaders(LightningDataModule):
         """Number of labels."""
         return len(self.class_names)
 
+    @property
+    def _for_gpu(self) -> bool:
+        """Whether batches go to a GPU; without a trainer, whether they could."""
+        if self.trainer is None:
+            return torch.cuda.is_available()
+        return self.trainer.strategy.root_device.type == "cuda"
+
     def _options(self, collate: Callable | None) -> dict[str, Any]:
         workers = self.num_workers
         if workers is None:
@@ -109,9 +116,9 @@ class SharedLoaders(LightningDataModule):
             # SLURM binds every task to cores of its own, which are not to be divided once more
             own = int(os.environ.get("SLURM_CPUS_PER_TASK", usable // devices))
             # Without a GPU the cores are needed for training itself
-            workers = min(8, min(own, usable) - 1) if torch.cuda.is_available() else (2 if usable > 4 else 0)
+            workers = min(8, min(own, usable) - 1) if self._for_gpu else (2 if usable > 4 else 0)
             workers = max(0, workers)
-        return {"num_workers": workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
+        return {"num_workers": workers, "collate_fn": collate, "pin_memory": self._for_gpu}
 
     @property
     def _ranks(self) -> dict[str, Any]:
