@@ -229,6 +229,8 @@ class Codebook(nn.Module):
             nearest = torch.cat([self.nearest(part) for part in vectors.split(ROWS)])
             counts, sums = self._assigned(vectors, nearest)
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], codes)
+        if _place()[1] > 1:
+            distributed.broadcast(codes, 0)  # a GPU's sums differ by rounding from run to run
         self.embedding.weight.copy_(codes)
         self.counts.fill_(1)
         self.sums.copy_(codes)
