@@ -36,7 +36,6 @@ TOKENS: dict[str, tuple[str, list[str]]] = {
     "smooth": ("disk", ["--model=token_levers.Smooth"]),
     "grid_loss": ("disk", ["--model=token_levers.GridLoss"]),
     "octaves": ("disk", ["--model=token_levers.Octaves"]),
-    "smooth_grid_loss": ("disk", ["--model=token_levers.SmoothGridLoss"]),
 }
 """Structure tokenizers: their optics and arguments of their stage."""
 
@@ -99,12 +98,17 @@ OURS = {
     "full": Arm("full"),
     "full_alone": Arm("full", arguments=ALONE),
 }
+"""Other readings: when the teacher helps, other filters and schedules, what the tokens stand for. `whole_` tokenizers
+decode whole token sequences only, without scale dropout; `sharp_var` decodes early tokens to the sharp image too."""
 
 LEVERS = {
     "committed_alone": Arm("committed", arguments=ALONE),
     "sharp_committed_alone": Arm("sharp_committed", arguments=ALONE),
     "drawn_alone": Arm("drawn", arguments=ALONE),
     "passing_alone": Arm("passing", arguments=ALONE),
+    "octaves_alone": Arm("octaves", arguments=ALONE),
+    "smooth_alone": Arm("smooth", arguments=ALONE),
+    "grid_loss_alone": Arm("grid_loss", arguments=ALONE),
     "early": Arm(arguments=(override("early_distillation"),)),
     "next_alias": Arm(arguments=(override("next_alias"),)),
     "all_alias": Arm(arguments=(override("all_alias"),)),

@@ -1,6 +1,6 @@
-"""Writes the tables of docs/results.md anew, from the figures of the runs beside it (docs/results).
+"""Writes the tables of documents anew, from the figures of the runs in the folder results beside them.
 
-    python studies/results.py docs/results.md
+    python studies/results.py docs/results.md docs/tokenizers.md
 
 Every table stands below a comment that says what is in it, in words of a command (`arguments`):
 
@@ -41,7 +41,11 @@ def arguments() -> argparse.ArgumentParser:
     """Of a table."""
     parser = argparse.ArgumentParser(description="what is in a table", exit_on_error=False)
     parser.add_argument("kind", choices=("arms", "tokenizers", "scales", "race"))
-    parser.add_argument("studies", nargs="+", help="folder of the figures, for a race with :first-last seeds")
+    parser.add_argument(
+        "studies",
+        nargs="+",
+        help="folder of the figures; for a race with :first-last seeds, and :folder of the baseline's",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="all by default")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["var", "next_focus"], help="of a race, two")
     parser.add_argument("--baselines", nargs="+", choices=ARMS, default=["var"], help="which arms differences are to")
@@ -55,16 +59,14 @@ def table(words: Sequence[str], folder: Path) -> str:
     """In Markdown, from the figures below the folder."""
     asked = arguments().parse_args(list(words))
     if asked.kind == "race":
-        return race([study.partition(":")[::2] for study in asked.studies], *asked.arms, folder)
+        return race([study.split(":") for study in asked.studies], *asked.arms, folder)
     kinds = figures_of(folder / asked.studies[0], asked.seeds)
-    arms = {arm: kinds[asked.budget][arm] for arm in asked.arms}
-    if asked.kind == "scales":
-        return by_scale(arms, asked.figure)
     columns = {figure: TITLES[figure] for figure in asked.columns}
-    if asked.kind == "arms":
-        return overview(arms, asked.baselines, columns)
-    tokens = dict.fromkeys(ARMS[arm].tokens for arm in asked.arms)
-    return overview({t: kinds["tokenizers"][t] for t in tokens}, [ARMS[arm].tokens for arm in asked.baselines], columns)
+    if asked.kind == "tokenizers":
+        tokens = {ARMS[arm].tokens: kinds["tokenizers"][ARMS[arm].tokens] for arm in asked.arms}
+        return overview(tokens, [ARMS[arm].tokens for arm in asked.baselines], columns)
+    arms = {arm: kinds[asked.budget][arm] for arm in asked.arms}
+    return by_scale(arms, asked.figure) if asked.kind == "scales" else overview(arms, asked.baselines, columns)
 
 
 def figures_of(study: Path, seeds: Sequence[int] | None) -> dict[str, dict[str, Figures]]:
@@ -78,18 +80,19 @@ def figures_of(study: Path, seeds: Sequence[int] | None) -> dict[str, dict[str, 
     }
 
 
-def race(studies: Sequence[tuple[str, str]], baseline: str, arm: str, folder: Path) -> str:
-    """Two arms in several studies: (folder, "first-last" of its seeds), a line each."""
+def race(studies: Sequence[Sequence[str]], baseline: str, arm: str, folder: Path) -> str:
+    """Two arms in several studies, a line each: folder, "first-last" of its seeds, and the folder of the baseline where
+    that is another."""
     rows = []
-    for study, seeds in studies:
+    for study, seeds, *others in studies:
         first, last = map(int, seeds.split("-"))
-        kinds = figures_of(folder / study, range(first, last + 1))
-        steps = json.loads((folder / study / "inputs.json").read_text())["inputs"]
-        a, b = (kinds["steps"][name] for name in (baseline, arm))
-        before, after = (kinds["tokenizers"][ARMS[name].tokens] for name in (baseline, arm))
+        folders = [folder / name for name in (*others, study)]
+        mine, own = (figures_of(f, range(first, last + 1)) for f in (folders[0], folders[-1]))
+        a, b = mine["steps"][baseline], own["steps"][arm]
+        before, after = mine["tokenizers"][ARMS[baseline].tokens], own["tokenizers"][ARMS[arm].tokens]
         ahead = differences(b, a, "fd/real")
         rows.append([
-            f"{round(TOKENIZER_STEPS * steps['tokenizer_effort'])} / {round(STAGE_2_STEPS * steps['effort'])}",
+            " against ".join(steps_of(f) for f in folders),
             f"{first} to {last}",
             *(spread(values(found, "fd/real")) for found in (a, b)), paired(ahead), f"{p_value(ahead):.2g}",
             *(paired(differences(b, a, figure)) for figure in RACE), paired(differences(after, before, "fd/real")),
@@ -99,6 +102,12 @@ def race(studies: Sequence[tuple[str, str]], baseline: str, arm: str, folder: Pa
             *(TITLES[figure] for figure in RACE), "reconstructions alone",
             f"cross-entropy still moves (`{baseline}` / `{arm}`)"]  # fmt: skip
     return markdown(head, rows)
+
+
+def steps_of(study: Path) -> str:
+    """Of its tokenizers and students."""
+    inputs = json.loads((study / "inputs.json").read_text())["inputs"]
+    return f"{round(TOKENIZER_STEPS * inputs['tokenizer_effort'])} / {round(STAGE_2_STEPS * inputs['effort'])}"
 
 
 def renewed(text: str, folder: Path) -> str:
@@ -118,13 +127,13 @@ def renewed(text: str, folder: Path) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Rewrite a document."""
+    """Rewrite documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("document", type=Path)
-    path = parser.parse_args(args).document
-    text = renewed(path.read_text(), path.with_suffix(""))
-    with replacing(path) as beside:
-        beside.write_text(text)
+    parser.add_argument("documents", type=Path, nargs="+")
+    for path in parser.parse_args(args).documents:
+        text = renewed(path.read_text(), path.parent / "results")
+        with replacing(path) as beside:
+            beside.write_text(text)
 
 
 if __name__ == "__main__":

@@ -106,10 +106,6 @@ class GridLoss(TokenizerTask):
         return super().further_losses(passed, loss, terms) + self.weight * periodic.square().mean()
 
 
-class SmoothGridLoss(Smooth, GridLoss):
-    """Both."""
-
-
 class Octaves(TokenizerTask):
     """The texture loss on images of half and of a quarter of the size too, which hold the coarser parts of the band."""
 

@@ -101,13 +101,14 @@ def test_tables_are_made_anew_from_the_figures(tmp_path: Path) -> None:
             renewed(f"<!-- table: {wrong} -->\n\n", tmp_path)
 
 
-def test_the_results_show_the_figures_beside_them() -> None:
+@pytest.mark.parametrize("name", ["results.md", "tokenizers.md"])
+def test_documents_show_the_figures_beside_them(name: str) -> None:
     from results import renewed
 
-    path = STUDIES.parent / "docs" / "results.md"
-    assert renewed(path.read_text(), path.with_suffix("")) == path.read_text(), (
-        "python studies/results.py docs/results.md"
-    )
+    docs = STUDIES.parent / "docs"
+    text = (docs / name).read_text()
+    assert "<!-- table: " in text
+    assert renewed(text, docs / "results") == text, f"python studies/results.py docs/{name}"
 
 
 def test_shuffled_alias_is_that_of_another_image(tokenizers: list[str]) -> None:
