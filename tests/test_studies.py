@@ -23,10 +23,14 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tasks.training import batch_generator
+from fvar_lightning.tokenizer.autoencoder import Upsample2x
+from fvar_lightning.tokenizer.reconstruction import Reconstruction
 from test_teacher_gap import SIDES, make_tokens
+from token_caches import write_cache
 
 STUDIES = Path(__file__).parents[1] / "studies"
 LAYOUT = FocusSchedule(**DESCRIPTION)
+SMALL = {"vocab_size": 8, "z_channels": 4, "ch": 8, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "norm_groups": 2}
 ALONE = {"teacher_loss_weight": 0.0, "feature_weight": 0.0, "logit_weight": 0.0}
 
 
@@ -96,6 +100,12 @@ def test_tables_are_made_anew_from_the_figures(tmp_path: Path) -> None:
     p = 1 - 2 / math.pi * math.atan(8)
     assert race.splitlines()[2].startswith(f"| 1250 / 1200 | 0 to 1 | 112 ± 2.8 | 108 ± 2.1 | -4 ± 0.5 | {p:.2g} |")
     assert race.splitlines()[2].endswith("| +3 | 1.4% / 1.5% |")
+    (tmp_path / "longer").mkdir()
+    write_figures(tmp_path / "longer" / "figures.csv", {"tokenizers": {"feature": {1: {"fd/real": 70.0}}}, "steps": {
+        "var": {1: {"fd/real": 100.0, "settled": 0.01}}}})  # fmt: skip
+    (tmp_path / "longer" / "inputs.json").write_text('{"inputs": {"tokenizer_effort": 4.0, "effort": 3.0}}')
+    longer = renewed("<!-- table: race study:0-1:longer -->\n\n", tmp_path).splitlines()[4]
+    assert longer.startswith("| 2000 / 1200 against 1250 / 1200 | 0 to 1 | 100 | 108 ± 2.1 | +9.5 | nan |")
     for wrong in ("arms nowhere", "arms study --arms fvar", "arms study --columns width"):
         with pytest.raises(ValueError, match=f"no table can be made of '{wrong}'"):
             renewed(f"<!-- table: {wrong} -->\n\n", tmp_path)
@@ -109,6 +119,17 @@ def test_documents_show_the_figures_beside_them(name: str) -> None:
     text = (docs / name).read_text()
     assert "<!-- table: " in text
     assert renewed(text, docs / "results") == text, f"python studies/results.py docs/{name}"
+
+
+def test_codes_in_use_are_the_exponential_of_their_entropy(tmp_path: Path) -> None:
+    from judging import codes_in_use
+    from scipy.stats import entropy
+
+    structure, _, _ = write_cache(tmp_path, rows=40)
+    found = codes_in_use(60000, (1, 2), tmp_path, limit=30)
+    for name, part in {"1x1": structure[:30, :1], "2x2": structure[:30, 1:], "all": structure[:30]}.items():
+        counts = part.flatten().unique(return_counts=True)[1]
+        assert found[f"codes/{name}"] == pytest.approx(math.exp(entropy(counts)))
 
 
 def test_shuffled_alias_is_that_of_another_image(tokenizers: list[str]) -> None:
@@ -248,9 +269,8 @@ def test_ties_between_features_by_their_formulas(name: str) -> None:
     """Beside `TokenizerTask` of the same weights; the blurred views of one get no gradients."""
     import token_levers
 
-    sizes = {"vocab_size": 8, "z_channels": 4, "ch": 8, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "norm_groups": 2}
-    plain = TokenizerTask(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **sizes)
-    lever = getattr(token_levers, name)(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **sizes)
+    plain = TokenizerTask(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **SMALL)
+    lever = getattr(token_levers, name)(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **SMALL)
     for task in (plain, lever):
         task.tokenizer.codebook.step()
         task.load_state_dict(plain.state_dict())
@@ -271,6 +291,43 @@ def test_ties_between_features_by_their_formulas(name: str) -> None:
     torch.testing.assert_close(added, expected.get(name, expected["SharpCommitted"]) / len(z))
     gradients = torch.autograd.grad(lever.run(batch, None).loss, views, materialize_grads=True)
     assert [bool(g.any()) for g in gradients] == [name != "Passing"] * (len(views) - 1) + [True]
+
+
+def test_a_smooth_decoder_begins_with_bilinear_interpolation() -> None:
+    import token_levers
+
+    task = token_levers.Smooth(schedule=LAYOUT, **SMALL)
+    for up in (module for module in task.tokenizer.decoder.modules() if isinstance(module, Upsample2x)):
+        x = torch.rand(1, up.conv.in_channels, 6, 6)
+        smooth = F.interpolate(x, scale_factor=2, mode="bilinear") + up.conv.bias[:, None, None]
+        torch.testing.assert_close(up(x)[..., 1:-1, 1:-1], smooth[..., 1:-1, 1:-1])
+
+
+def test_losses_on_grid_and_octaves_see_what_they_are_for() -> None:
+    import token_levers
+
+    patch, side = LAYOUT.patch_size, 16 * LAYOUT.patch_size
+    images = torch.zeros(2, 3, side, side)
+    places = torch.arange(side)
+
+    def added(name: str, error: Tensor, **options: object) -> float:
+        task = getattr(token_levers, name, TokenizerTask)(schedule=LAYOUT, **SMALL, perceptual="none", **options)
+        passed = Reconstruction([images + error], [images], [], torch.zeros(()))
+        return float(task.further_losses(passed, torch.zeros(()), {}))
+
+    wave = 0.2 * torch.cos(2 * math.pi * places / patch)
+    # half the square of the amplitude, ten times; the sign that changes from patch to patch has another period
+    assert added("GridLoss", wave.expand_as(images)) == pytest.approx(10 * 0.02, rel=1e-5)
+    assert added("GridLoss", (wave * (-1) ** (places // patch)).expand_as(images)) == pytest.approx(0, abs=1e-9)
+    assert added("GridLoss", torch.full_like(images, 0.3)) == pytest.approx(0, abs=1e-9)
+
+    def coarser(error: Tensor) -> float:
+        return added("Octaves", error, texture_weight=1.0) - added("TokenizerTask", error, texture_weight=1.0)
+
+    assert coarser((0.2 * (-1.0) ** places).expand_as(images)) == pytest.approx(0, abs=1e-9), "only the finest detail"
+    # halved, a square wave of four pixels alternates; less the mean of three it is 4/3 of itself
+    square = (0.2 * (-1.0) ** (places // 2)).expand_as(images)
+    assert coarser(square) == pytest.approx(math.sqrt((0.2 * 4 / 3) ** 2 + 1e-5) - math.sqrt(1e-5), rel=1e-3)
 
 
 def test_a_copy_of_a_folder_has_the_same_contents(image_folder: Path, tmp_path: Path) -> None:
