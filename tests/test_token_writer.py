@@ -216,7 +216,9 @@ class Ranks:
             trainer: Any = SimpleNamespace(
                 world_size=3, global_rank=rank, num_devices=3, is_global_zero=True, precision="32-true",
                 datamodule=data, predict_loop=SimpleNamespace(),
-                strategy=SimpleNamespace(broadcast=lambda x: x, barrier=lambda: None),
+                strategy=SimpleNamespace(
+                    broadcast=lambda x: x, barrier=lambda: None, root_device=torch.device("cpu")
+                ),
             )  # fmt: skip
             data.trainer = trainer
             writer.setup(trainer, self.task, "predict")
