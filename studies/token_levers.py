@@ -99,9 +99,8 @@ class GridLoss(TokenizerTask):
     weight = 10.0
 
     def further_losses(self, passed: Any, loss: Tensor, terms: Any) -> Tensor:
-        error = passed.decoded[0] - passed.targets[0]
-        patches = rearrange(error, "b c (h p) (w q) -> b c p q (h w)", p=(p := self.schedule.patch_size), q=p)
-        periodic = patches.mean(-1)
+        error, side = passed.decoded[0] - passed.targets[0], self.schedule.patch_size
+        periodic = rearrange(error, "b c (h p) (w q) -> b c p q (h w)", p=side, q=side).mean(-1)
         periodic = periodic - periodic.mean((-1, -2), keepdim=True)
         return super().further_losses(passed, loss, terms) + self.weight * periodic.square().mean()
 

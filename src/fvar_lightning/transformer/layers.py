@@ -61,8 +61,7 @@ def normalised(q: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Tenso
 class _UpToEveryScale(torch.autograd.Function):
     """(B, H, L, D) -> its first tokens, up to the end of every scale, as views.
 
-    Slices would each have a gradient of the whole length, filled with zeros: with ten scales a good part of the
-    backward pass of attention on a CPU, and more where memory is what bounds it. These add up in one.
+    Slices would each have a gradient of the whole length, filled with zeros. These add up in one.
     """
 
     @staticmethod
