@@ -80,6 +80,24 @@ class Passing(SharpCommitted):
         return [*blurred, self.tokenizer.features(inputs)[-1]]
 
 
+class Quarter(SharpCommitted):
+    """The encoder learns from blurred views of a quarter of the batch, which count four times; the step costs less."""
+
+    def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
+        blurred, sharp = inputs[:-1], inputs[-1]
+        taught = max(len(sharp) // 4, 1)
+        weight = len(sharp) / taught
+        learning = self._of_views([view[:taught] for view in blurred])
+        with torch.no_grad():
+            passing = self._of_views([view[taught:] for view in blurred])
+        weighted = [z.detach() + weight * (z - z.detach()) for z in learning]
+        return [*map(torch.cat, zip(weighted, passing, strict=True)), *self._of_views([sharp])]
+
+    def _of_views(self, views: Sequence[Tensor]) -> list[Tensor]:
+        encoder, quant_conv = self.tokenizer.encoder, self.tokenizer.quant_conv
+        return [quant_conv(encoder(view)) for view in views]
+
+
 class Smooth(TokenizerTask):
     """Every up-sampling of the decoder begins as bilinear interpolation: the same network, other initial weights."""
 
