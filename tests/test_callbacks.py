@@ -203,6 +203,16 @@ def test_real_statistics_are_computed_once_and_again_when_the_images_change(
     assert len(list((tmp_path / "cache").glob("train-*-tiny-16.npz"))) == 2
 
 
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    trainer = make_trainer(tmp_path, [metrics(tmp_path)])
+    with pytest.warns(UserWarning, match="statistics of the real images cannot be kept for the next run"):
+        trainer.validate(make_task(tokenizers), make_data(image_folder), verbose=False)
+    assert trainer.callback_metrics["val/fd_tiny"] > 0
+
+
 def save_reference(path: Path, extractor: str, image_size: int) -> str:
     values = np.random.default_rng(0).normal(size=(20, 12))
     Statistics(extractor, torch.from_numpy(values.mean(0)), torch.from_numpy(np.cov(values.T)), 20, image_size).save(

@@ -122,7 +122,10 @@ def test_cmyk_grey_and_bilevel_become_rgb(tmp_path: Path) -> None:
         (1, lambda upright: upright),
         (2, np.fliplr),
         (3, lambda upright: np.rot90(upright, 2)),
+        (4, np.flipud),
+        (5, lambda upright: np.swapaxes(upright, 0, 1)),
         (6, lambda upright: np.rot90(upright, 1)),  # "rotate by 90 degrees clockwise to see it upright"
+        (7, lambda upright: np.swapaxes(np.rot90(upright, 2), 0, 1)),
         (8, lambda upright: np.rot90(upright, -1)),
     ],
 )
@@ -132,6 +135,14 @@ def test_exif_orientation(tmp_path: Path, orientation: int, stored) -> None:
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored(upright))).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(array(load_image(tmp_path / "a.png")), upright)
+
+
+def test_a_tag_of_a_wrong_type_does_not_make_a_photograph_unreadable(tmp_path: Path) -> None:
+    # big-endian: an orientation of 6, and a resolution that is text where a fraction belongs
+    tags = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x011A, 2, 3, b"72\0\0")
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags + struct.pack(">I", 0)
+    picture().save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == picture().size[::-1]
 
 
 # ---- resizing and cropping -----------------------------------------------------------------------------------------
@@ -244,7 +255,38 @@ def test_train_and_val_folders_are_used(tmp_path: Path) -> None:
     assert data.name(0) == str(tmp_path / "val" / "y" / "000.png")
 
 
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_names_of_the_validation_folder(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / "train" / "x", 3)
+    fill(tmp_path / name / "x", 2)
+    fill(tmp_path / "devkit" / "x", 1)
+    with pytest.warns(UserWarning, match=r"left out: devkit \(beside train\)"):
+        _, train, val = scan_folder(tmp_path)
+    assert (len(train.files), len(val.files)) == (3, 2)
+    fill(tmp_path / "val" / "x", 1)
+    with pytest.raises(ValueError, match=f"must hold one validation folder, got val, {name}"):
+        scan_folder(tmp_path)
+
+
+def test_a_test_folder_is_left_out(tmp_path: Path) -> None:
+    fill(tmp_path / "train" / "x", 10)
+    fill(tmp_path / "test" / "x", 10)
+    with pytest.warns(UserWarning, match=r"left out: test \(beside train\)"):
+        _, train, val = scan_folder(tmp_path)
+    assert (len(train.files), len(val.files)) == (9, 1)
+
+
+def test_what_hidden_folders_hold_is_left_alone(tmp_path: Path) -> None:
+    fill(tmp_path / "x", 3)
+    fill(tmp_path / "x" / ".ipynb_checkpoints", 3)
+    assert len(scan_folder(tmp_path, 0)[1].files) == 3
+
+
 def test_folders_that_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "vehicles" / "bus", 2)
+    fill(tmp_path / "vehicles" / "train", 2)
+    with pytest.raises(ValueError, match=r"holds a folder train beside bus: .* if it is a class"):
+        scan_folder(tmp_path / "vehicles")
     with pytest.raises(ValueError, match="missing' is not a folder"):
         scan_folder(tmp_path / "missing")
     (tmp_path / "empty" / "a").mkdir(parents=True)

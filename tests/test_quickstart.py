@@ -163,6 +163,20 @@ def test_a_folder_keeps_to_its_source(
     assert json.loads((run / "source.json").read_text()) == {"source": str(tmp_path / "a")}
 
 
+def test_images_of_which_none_can_be_held_out_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source, message in (
+        (write_images(tmp_path, 1), "must hold two images of some class"),
+        (str(tmp_path / "no"), "no images"),
+    ):
+        Path(source).mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as refused:
+            quickstart_command(["--source", source, "--output", str(tmp_path / "run")])
+        assert refused.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_stage_of_other_tokens_is_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever the times of the files are: copies need not keep them."""
     stage, index = tmp_path / "fvar", tmp_path / "index.json"

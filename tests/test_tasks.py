@@ -83,6 +83,16 @@ def test_fit_of_stage_two_knows_the_classes(stage2: Path) -> None:
     assert task.generate(torch.tensor([0, 1, 2]), seeds=[1, 2, 3]).shape == (3, 3, 16, 16)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["task", "data"])
+def test_names_of_another_number_of_classes_are_refused(
+    tmp_path: Path, image_folder: Path, trained: dict[str, Path], known: bool
+) -> None:
+    args = [*stage2_args(trained), "--model.class_names=[blue]", *(["--model.num_classes=2"] if known else [])]
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        fit("fvar.yaml", image_folder, tmp_path, args)
+    assert "class_names must name 2 classes, got 1" in str(refused.getrepr(chain=True))
+
+
 def test_predict_writes_pictures_of_every_class(
     tmp_path: Path, image_folder: Path, trained: dict[str, Path], stage2: Path
 ) -> None:

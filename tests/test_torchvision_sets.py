@@ -14,6 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from fvar_lightning.data.fingerprint import fingerprint
 from fvar_lightning.data.images import ImageTransform
 from fvar_lightning.data.modules import ImageDataModule
 from fvar_lightning.data.torchvision_sets import TorchvisionDataset, load_torchvision
@@ -166,6 +167,17 @@ def test_a_folder_of_class_folders_holds_some_out(tmp_path: Path) -> None:
     assert train is val
     assert len(val_indices) == 5
     assert sorted([*train_indices, *val_indices]) == list(range(20))
+
+
+def test_folders_read_by_torchvision_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    def name(folder: str) -> str:
+        names, (train, indices), _ = load_torchvision("ImageFolder", tmp_path / folder)
+        return fingerprint(TorchvisionDataset(train, names, ImageTransform(16), indices))
+
+    for folder in ("one", "other"):
+        write_pictures(tmp_path / folder, [f"ant/{i}.png" for i in range(10)])
+    assert name("one") == name("one")
+    assert name("one") != name("other")
 
 
 @pytest.mark.parametrize(

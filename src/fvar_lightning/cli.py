@@ -126,7 +126,7 @@ class FVARCommandLine(LightningCLI):
                 getattr(self.datamodule, "class_names", None)
         except ValueError as error:
             root: BaseException = error
-            while root.__cause__ is not None:
+            while isinstance(root.__cause__, ValueError):
                 root = root.__cause__
             self.parser.error(str(root))
         except MisconfigurationException as error:

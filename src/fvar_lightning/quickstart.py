@@ -15,6 +15,7 @@ from jsonargparse.typing import PositiveFloat
 from fvar_lightning.atomic import write_json
 from fvar_lightning.callbacks.remaining import RemainingTime
 from fvar_lightning.cli import FVARCommandLine, configs, main
+from fvar_lightning.data.folders import scan_folder
 from fvar_lightning.report import write_report
 from fvar_lightning.weights.files import read_checkpoint
 
@@ -23,8 +24,8 @@ SECONDS = {"structure": 215.0, "alias": 35.0, "tokens": 10.0, "fvar": 230.0, "re
 """What the stages take on two CPU cores; those that train grow with the effort."""
 
 
-class OtherSource(ValueError):
-    """An output folder that holds a run on other images."""
+class RefusedSource(ValueError):
+    """Images that cannot be trained on, or not in this output folder."""
 
 
 def quickstart(source: str = "photographs", output: str = "quickstart", effort: PositiveFloat = 1.0) -> None:
@@ -38,12 +39,14 @@ def quickstart(source: str = "photographs", output: str = "quickstart", effort: 
         effort: factor on the number of training steps.
 
     Raises:
-        ValueError: if effort is not positive, or the output folder holds a run on another source.
+        ValueError: if effort is not positive, if the source is a folder without images, or of which none can be held
+            out, or if the output folder holds a run on another source.
     """
     if not effort > 0:
         raise ValueError(f"effort must be positive, got {effort}")
     folder = Path(output)
     keep_to_source(folder, source)
+    check_images(source)
     images = [f"--data.source={source}"]
     tokenizers = [f"--model.{kind}_tokenizer={folder / kind / 'last.ckpt'}" for kind in ("structure", "alias")]
 
@@ -78,7 +81,7 @@ def quickstart_command(args: list[str]) -> None:
     """
     try:
         auto_cli(quickstart, args=args, prog="fvar quickstart")
-    except OtherSource as error:
+    except RefusedSource as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -145,6 +148,18 @@ def write_tokens(folder: Path, part: str, arguments: list[str]) -> None:
     _add_seconds(folder / "seconds.json", "tokens", perf_counter() - start)
 
 
+def check_images(source: str) -> None:
+    """Refuse a folder without images, or of which none can be held out: the last stages need both parts."""
+    if not Path(source).expanduser().is_dir():
+        return
+    try:
+        held_out = scan_folder(source)[2]
+    except ValueError as error:
+        raise RefusedSource(str(error)) from error
+    if not len(held_out.files):
+        raise RefusedSource(f"source {source!r} must hold two images of some class, for one is held out: got one of each")
+
+
 def keep_to_source(folder: Path, source: str) -> None:
     """Refuse a folder of another source's run: its tokenizers would count as done."""
     note = folder / "source.json"
@@ -152,7 +167,7 @@ def keep_to_source(folder: Path, source: str) -> None:
         source = str(Path(source).expanduser().resolve())
     trained = any(folder.glob("*/last.ckpt"))
     if trained and note.is_file() and (known := json.loads(note.read_text())["source"]) != source:
-        raise OtherSource(
+        raise RefusedSource(
             f"output {str(folder)!r} holds a run on {known!r}, not on {source!r}: give another; or remove "
             f"{str(note)!r} if these are the same images"
         )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -59,7 +60,10 @@ def real_statistics(
     computed = compute(trainer, extractor, device, data.eval_loader(images), size)
     if not trainer.is_global_zero:
         return None, path.stem
-    computed.save(path)
+    try:
+        computed.save(path)
+    except OSError as error:
+        rank_zero_warn(f"the statistics of the real images cannot be kept for the next run in {path}: {error}")
     return on(computed, "cpu"), path.stem
 
 

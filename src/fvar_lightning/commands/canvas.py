@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvar_lightning.data.images import to_rgb, to_tensor
+from fvar_lightning.data.images import to_rgb, to_tensor, upright
 from fvar_lightning.data.pixels import to_unit_range
 from fvar_lightning.generation.editing import outpaint_canvas
 
@@ -80,9 +80,8 @@ def _told(photograph: Image.Image, room: tuple[int, int]) -> str:
 def _open(name: str, path: str) -> Image.Image:
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            picture.load()
-            return picture
+            file.load()
+            return upright(file).copy()
     except Exception as error:  # of many kinds, whatever the decoder meets
         raise ValueError(f"{name} {path!r} cannot be read as a picture: {error}") from error
 

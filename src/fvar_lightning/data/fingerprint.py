@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from torchvision.datasets import DatasetFolder
 
 from fvar_lightning.data.datasets import FolderDataset, ImageDataset
 from fvar_lightning.data.hf import HFDataset
@@ -19,7 +20,8 @@ def fingerprint(dataset: ImageDataset | PhotographDataset) -> str:
 
     Of a folder they depend on path (below the folder), size and time of change of every file, not on the folder's own
     place; of a data set of Hugging Face on name, size and time of change of its files, on split, rows and labels; of a
-    torchvision data set, whose contents are fixed, on its name, part and labels; of all on the crop.
+    torchvision data set, whose contents are fixed, on its name, part and labels, and of one that reads any folder
+    (`ImageFolder`) on the files too; of all on the crop.
 
     Raises:
         ValueError: see `check_kind`.
@@ -51,8 +53,7 @@ def _pieces(dataset: Any) -> Iterator[bytes]:
     if isinstance(dataset, FolderDataset):
         root = os.fsencode(dataset.images.root)
         for file in dataset.images.files.tolist():
-            entry = os.stat(b"%s/%s" % (root, file))
-            yield b"%s\0%d %d" % (file, entry.st_size, entry.st_mtime_ns)
+            yield _state(b"%s/%s" % (root, file), file)
     elif isinstance(dataset, HFDataset):
         for path in sorted(file["filename"] for file in dataset.part.rows.cache_files):
             entry = os.stat(path)
@@ -67,3 +68,12 @@ def _pieces(dataset: Any) -> Iterator[bytes]:
         yield np.ascontiguousarray(dataset.indices).tobytes()
         labels = getattr(wrapped, "targets", None)
         yield np.asarray(getattr(wrapped, "labels", ()) if labels is None else labels).tobytes()
+        if isinstance(wrapped, DatasetFolder):
+            for path, _ in wrapped.samples:
+                yield _state(path, os.fsencode(os.path.relpath(path, wrapped.root)))
+
+
+def _state(path: str | bytes, name: bytes) -> bytes:
+    """Name, size and time of change of a file."""
+    entry = os.stat(path)
+    return b"%s\0%d %d" % (name, entry.st_size, entry.st_mtime_ns)

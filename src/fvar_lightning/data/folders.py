@@ -12,15 +12,17 @@ from fvar_lightning.data.images import EXTENSIONS, UNREAD
 from fvar_lightning.data.listings import ImageList, Listing, folder_times, kept, path_array
 
 _ENDINGS = tuple(os.fsencode(extension) for extension in EXTENSIONS)
+_VAL = (b"val", b"valid", b"validation")
 _UNREAD = tuple(os.fsencode(extension) for extension in UNREAD)
 
 
 def scan_folder(source: str | Path, val_fraction: float = 0.1) -> tuple[list[str], ImageList, ImageList]:
     """Class names (sorted), training and validation images of a folder.
 
-    The folder holds class folders (searched to any depth), or images alone: one class, named after the folder. If it
-    holds `train` and `val` folders, these are the two parts; otherwise `val_fraction` of every class is held out,
-    chosen by a hash of the path: the same on every machine, and at least one image of a class that has two.
+    The folder holds class folders (searched to any depth, but for hidden ones), or images alone: one class, named after
+    the folder. If it holds `train` and `val` folders (or `valid`, `validation`), these are the two parts, and what lies
+    beside them is left out; otherwise `val_fraction` of every class is held out, chosen by a hash of the path: the same
+    on every machine, and at least one image of a class that has two.
 
     Images are regular files and links to such; pipes, sockets, broken links, folders named like images and pictures of
     formats that are not read, such as HEIC, are left out with a warning that names them. Long lists are kept, see
@@ -28,7 +30,8 @@ def scan_folder(source: str | Path, val_fraction: float = 0.1) -> tuple[list[str
 
     Raises:
         ValueError: if the folder is missing or holds no images, if a class has none, if images lie beside class
-            folders, or if `val` has a class that `train` lacks.
+            folders, if `train` alone lies beside folders that may be classes, or if `val` has a class that `train`
+            lacks.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
@@ -59,18 +62,16 @@ class _Walk:
     def listing(self, val_fraction: float) -> Listing:
         """Classes and parts, as `scan_folder` tells."""
         entries = self._entries(b"", ())
-        split, own_val = b"train" in entries.folders, b"val" in entries.folders
-        if own_val and not split:
-            raise ValueError(f"source {str(self.source)!r} holds a folder val, but no folder train")
+        split, own_val = self._parts(entries.folders)
         train_root = val_root = self.source
         if split:
             train_root = val_root = self.source / "train"
             entries = self._entries(b"train", (entries.identity,))
         train = self._classes(train_root, entries)
         names = list(train)
-        if split and own_val:
-            val_root = self.source / "val"
-            val = self._classes(val_root, self._entries(b"val", ()))
+        if own_val:
+            val_root = self.source / os.fsdecode(own_val)
+            val = self._classes(val_root, self._entries(own_val, ()))
             unknown = sorted(val.keys() - train.keys())
             if unknown:
                 raise ValueError(f"{val_root} has classes that {train_root} lacks: {', '.join(unknown)}")
@@ -81,12 +82,30 @@ class _Walk:
         parts = _image_list(train_root, train, names), _image_list(val_root, val, names)
         return Listing(names, *parts, self.left_out, self.folders, np.array(self.times, dtype=np.int64))
 
+    def _parts(self, folders: list[bytes]) -> tuple[bool, bytes | None]:
+        """Whether there is a training folder, and the name of the validation folder beside it."""
+        source = repr(str(self.source))
+        if b"train" not in folders:
+            if b"val" in folders:
+                raise ValueError(f"source {source} holds a folder val, but no folder train")
+            return False, None
+        own_val = [name for name in _VAL if name in folders]
+        if len(own_val) > 1:
+            raise ValueError(f"source {source} must hold one validation folder, got {_few_of(own_val)}")
+        others = sorted(set(folders) - {b"train", *own_val})
+        if not own_val and set(others) - {b"test"}:
+            raise ValueError(
+                f"source {source} holds a folder train beside {_few_of(others)}: if it is the training part, move the "
+                "others elsewhere; if it is a class, give it another name"
+            )
+        for name in others:
+            self._leave_out(name, "beside train")
+        return True, own_val[0] if own_val else None
+
     def _classes(self, root: Path, entries: "_Entries") -> dict[str, np.ndarray]:
         """Sorted image paths, relative to the root, of every class, by name."""
         classes = {}
         for folder in sorted(entries.folders, key=os.fsdecode):
-            if folder.startswith(b"."):
-                continue
             files = self._images(os.path.join(entries.folder, folder), folder, (entries.identity,))
             if files or not _is_image(folder):
                 classes[os.fsdecode(folder)] = path_array(sorted(files))
@@ -135,7 +154,8 @@ class _Walk:
         with os.scandir(path) as entries:
             for entry in entries:
                 if _is_folder(entry):
-                    folders.append(entry.name)
+                    if not entry.name.startswith(b"."):
+                        folders.append(entry.name)
                 elif _is_image(entry.name):
                     if _is_file(entry):
                         images.append(entry.name)
@@ -158,6 +178,10 @@ class _Entries(NamedTuple):
     images: list[bytes]
     folders: list[bytes]
     identity: _Identity
+
+
+def _few_of(folders: list[bytes]) -> str:
+    return _few([os.fsdecode(name) for name in folders])
 
 
 def _few(names: list[str]) -> str:

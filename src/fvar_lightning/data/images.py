@@ -8,16 +8,26 @@ from typing import IO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
+EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", *_JPEG, ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 UNREAD = (".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef")
 """Endings of pictures that are not decoded."""
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, whatever a file is called. Pillow knows more: PostScript, for which it starts Ghostscript."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 LONGEST = 50
 """Times its shorter side. Resizing the shorter side of a longer strip would fill the memory."""
 
@@ -43,9 +53,17 @@ def load_image(path: str | Path | IO[bytes]) -> Image.Image:
     with Image.open(path, formats=_formats()) as file:
         if max(file.size) > LONGEST * min(file.size):
             raise ValueError(f"image measures {file.width} x {file.height}, more than {LONGEST} to 1")
-        image = ImageOps.exif_transpose(file)
-        image.load()
-    return to_rgb(image)
+        file.load()
+        return to_rgb(upright(file))
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as the orientation in its EXIF says.
+
+    Pillow's `exif_transpose` writes the EXIF anew, which fails on tags of a wrong type that cameras do write.
+    """
+    turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -58,8 +58,10 @@ class Stage2Task(FiniteTask):
             deferred: leave the networks to `configure_model`.
 
         Raises:
-            ValueError: if nothing can make the teacher's alias tokens.
+            ValueError: if nothing can make the teacher's alias tokens, or if there are not as many class names as classes.
         """
+        if self.num_classes is not None:
+            self._check_names(self.num_classes)
         self.initial_weights, self.compile_blocks = initial_weights, compile
         self.hparams["initial_weights"] = None  # a checkpoint stands alone: it holds these weights
         vae, alias_tokenizer = frozen_tokenizers(structure, alias)
@@ -140,9 +142,20 @@ class Stage2Task(FiniteTask):
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         if trainer is None or names is None:
             raise ValueError("num_classes must be given where no data module tells the classes, got None")
+        self._check_names(len(names))
         self._take_tokenizers(*at_data_schedule(self.vae, self.alias_tokenizer, trainer))
         self.hparams["num_classes"] = len(names)
         self.hparams["class_names"] = self.hparams["class_names"] or list(names)
+
+    def _check_names(self, num_classes: int) -> None:
+        """Refuse names of another number of classes.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        names = self.hparams["class_names"]
+        if names and len(names) != num_classes:
+            raise ValueError(f"class_names must name {num_classes} classes, got {len(names)}")
 
     def setup(self, stage: str) -> None:
         """Refuse a data module of other views or classes, and FSDP1, which would clip every shard by its own norm."""
