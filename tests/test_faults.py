@@ -431,20 +431,26 @@ def test_the_same_command_begins_a_run_and_continues_it(image_folder: Path, tmp_
 def test_the_checkpoint_of_another_run_stays(
     image_folder: Path, stage2: tuple[list[str], Path], tmp_path: Path
 ) -> None:
-    """A run that begins anew in the folder writes beside it; one that goes on from it replaces it."""
+    """A run that begins anew in the folder writes beside it, and one that goes on from a copy elsewhere; one that goes
+    on from it replaces it."""
     tokenizers, _ = stage2
+    (tmp_path / "copies").mkdir()
     for steps, resumed, names in (
         (2, None, {"last"}),
         (3, None, {"last", "last-v1"}),
         (4, "last", {"last", "last-v1"}),
+        (5, "copies/last", {"last", "last-v1", "last-v2"}),
     ):
         path = None if resumed is None else tmp_path / f"{resumed}.ckpt"
+        if resumed == "copies/last":
+            shutil.copy(tmp_path / "last.ckpt", path)
         callback = LastCheckpoint(str(tmp_path), 100 + steps)
         trainer = make_trainer(tmp_path, [callback], max_steps=steps, max_epochs=-1, enable_checkpointing=True)
         trainer.fit(make_task(tokenizers), make_data(image_folder, batch_size=5, val_fraction=0.25), ckpt_path=path)
         assert {path.stem for path in tmp_path.glob("*.ckpt")} == names
     assert state(tmp_path / "last.ckpt")["global_step"] == 4
     assert state(tmp_path / "last-v1.ckpt")["global_step"] == 3
+    assert state(tmp_path / "last-v2.ckpt")["global_step"] == 5
     with pytest.raises(ValueError, match="every_n_train_steps must be positive, got 0"):
         LastCheckpoint(every_n_train_steps=0)
 

@@ -140,12 +140,15 @@ class Model(LightningModule):
         self.weight = torch.nn.Parameter(torch.ones(2))
         self.die_at = die_at
         self.seen: list[tuple[int, list[int], list[int]]] = []
+        self.keys: list[tuple[int, int]] = []
+        """Epoch and batch as Lightning counts them, of which the tasks make the keys of their noise."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if self.global_step == self.die_at:
             raise RuntimeError("killed")
         epochs, indices, values = batch
         self.seen.append((self.global_step, epochs.tolist(), indices.tolist()))
+        self.keys.append((self.current_epoch, batch_idx))
         return ((values - self.weight) ** 2).sum()
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -209,6 +212,7 @@ def test_killed_and_resumed_run_sees_the_same_batches(
 
     resumed = run(Model(), Data(num_workers), limits, [], str(path))
     assert resumed.seen == whole.seen[step:]
+    assert resumed.keys == whole.keys[step:]
     assert torch.equal(resumed.weight, whole.weight)
 
 
@@ -227,6 +231,22 @@ class Stop(Callback):
             trainer.should_stop = True
 
 
+@pytest.mark.parametrize("interval", [2, 4, 5, None], ids="validated every {}".format)
+@pytest.mark.parametrize("every_n_train_steps", [4, 5, 1000], ids="saved every {}".format)
+def test_a_run_that_ended_with_an_epoch_goes_on_with_the_next(
+    tmp_path: Path, interval: int | None, every_n_train_steps: int
+) -> None:
+    """Wherever in an epoch of five steps it validates: Lightning, which counts epochs and batches, is to count on."""
+    options = {} if interval is None else {"val_check_interval": interval}
+    whole = run(Model(), Data(0), STEPS | options, [], None)
+    checkpoint = LastCheckpoint(str(tmp_path), every_n_train_steps)
+    run(Model(), Data(0), STEPS | options | {"max_steps": 10}, [checkpoint], None)
+    resumed = run(Model(), Data(0), STEPS | options, [], str(tmp_path / "last.ckpt"))
+    assert resumed.seen == whole.seen[10:]
+    assert resumed.keys == whole.keys[10:]
+    assert torch.equal(resumed.weight, whole.weight)
+
+
 @pytest.mark.parametrize("limits", [EPOCHS, STEPS], ids=["epochs", "steps"])
 @pytest.mark.parametrize("ending", ["max_steps", "step", "validation"])
 def test_a_run_that_ended_within_an_epoch_goes_on_there(tmp_path: Path, ending: str, limits: dict) -> None:
@@ -239,6 +259,7 @@ def test_a_run_that_ended_within_an_epoch_goes_on_there(tmp_path: Path, ending: 
     assert torch.load(path, weights_only=True)["global_step"] == 7
     resumed = run(Model(), Data(0), limits, [], str(path))
     assert resumed.seen == whole.seen[7:]
+    assert resumed.keys == whole.keys[7:]
     assert torch.equal(resumed.weight, whole.weight)
 
 

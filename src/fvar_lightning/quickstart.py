@@ -157,7 +157,7 @@ def check_images(source: str) -> None:
     except ValueError as error:
         raise RefusedSource(str(error)) from error
     if not len(held_out.files):
-        raise RefusedSource(f"source {source!r} must hold two images of some class, for one is held out: got one of each")
+        raise RefusedSource(f"source {source!r} must hold two images of some class, to hold out one: it has one each")
 
 
 def keep_to_source(folder: Path, source: str) -> None:

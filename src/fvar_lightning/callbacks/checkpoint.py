@@ -59,6 +59,10 @@ class LastCheckpoint(ModelCheckpoint):
             for folder in (Path(self.dirpath), *resumed):
                 remove_partial(folder, f"{self.CHECKPOINT_NAME_LAST}*{self.FILE_EXTENSION}")
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `ModelCheckpoint` keeps, but for the file's name: the checkpoint may be a copy that lies elsewhere."""
+        super().load_state_dict(state_dict | {"last_model_path": ""})
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for SIGTERM in the place of Lightning, which takes the listener away when the fit is over."""
         super().on_train_start(trainer, pl_module)
@@ -84,7 +88,7 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.global_step == self.step:
             return  # gradients are being accumulated, which no checkpoint holds
         terminated = trainer.strategy.reduce_boolean_decision(self.terminated, all=False)
-        if terminated or trainer.global_step % self.interval == 0 or _ends_within_an_epoch(trainer):
+        if terminated or trainer.global_step % self.interval == 0 or _ends(trainer):
             self.save(trainer)
         if terminated:
             rank_zero_info(f"SIGTERM: step {trainer.global_step} is in {self.last_model_path}")
@@ -92,13 +96,14 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the validation ended the run."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and _ends_within_an_epoch(trainer):
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and not trainer.is_last_batch and _ends(trainer):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if training is over. Of a run that ends within an epoch the file of its last step is to stay: by now
-        Lightning counts the epoch as complete."""
-        if trainer.fit_loop.done and (trainer.is_last_batch or self.saved != trainer.global_step):
+        """Save if training is over and its last step is not saved: by now Lightning counts the epoch as complete, and
+        a run with max_steps that goes on from here may leave out the next one."""
+        if trainer.fit_loop.done and self.saved != trainer.global_step:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,7 +139,6 @@ class LastCheckpoint(ModelCheckpoint):
         raise AssertionError
 
 
-def _ends_within_an_epoch(trainer: Any) -> bool:
-    """Whether the running step is the run's last, but not its epoch's."""
-    asked = trainer.should_stop or trainer.global_step == trainer.max_steps
-    return asked and not trainer.is_last_batch and trainer.fit_loop.done
+def _ends(trainer: Any) -> bool:
+    """Whether the running step is the run's last."""
+    return (trainer.should_stop or trainer.global_step == trainer.max_steps) and trainer.fit_loop.done

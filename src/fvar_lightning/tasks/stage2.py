@@ -58,7 +58,8 @@ class Stage2Task(FiniteTask):
             deferred: leave the networks to `configure_model`.
 
         Raises:
-            ValueError: if nothing can make the teacher's alias tokens, or if there are not as many class names as classes.
+            ValueError: if nothing can make the teacher's alias tokens, or if there are more or fewer class names than
+                classes.
         """
         if self.num_classes is not None:
             self._check_names(self.num_classes)
