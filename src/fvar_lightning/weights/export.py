@@ -59,7 +59,8 @@ def export(
         ValueError: if the checkpoint is not of a FVARTask or not of this configuration, an argument is none of the
             above, the output exists, or the hub does not take it.
     """
-    card = ModelCard(license, data, *_measured(figures, ckpt_path, weights))
+    averaged = has_averages(read_checkpoint(ckpt_path))
+    card = ModelCard(license, data, *_measured(figures, ckpt_path, weights if averaged else None))
     if format != "pretrained" and (push is not None or card != ModelCard()):
         raise ValueError(f"push, license, data and figures go with format 'pretrained', got format {format!r}")
     if push is not None:
@@ -80,20 +81,20 @@ def export(
         save_safetensors(output, var, vae, **info._asdict())
     else:
         export_var_checkpoint(vae, var, *files)
-    which = "averaged" if weights == "ema" and has_averages(read_checkpoint(ckpt_path)) else "last step's"
+    which = "averaged" if averaged and weights == "ema" else "last step's"
     print(f"wrote {' and '.join(map(str, files))} ({which} weights)")
     if push is not None:
         print(f"pushed to {push_files(output, push, [file.name for file in files])}")
 
 
-def _measured(report: str | None, ckpt_path: str, weights: Weights) -> tuple[dict[str, float], dict[str, Any]]:
-    """Figures and protocol of a report, which must be on these weights."""
+def _measured(report: str | None, ckpt_path: str, weights: Weights | None) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and protocol of a report, which must be on these weights; None: the checkpoint's only ones."""
     if report is None:
         return {}, {}
     found = read_report(report)
     own = {"sha256": file_sha256(ckpt_path)}
     of = {"sha256": found["checkpoint"].get("sha256")}
-    if has_averages(read_checkpoint(ckpt_path)):
+    if weights is not None:
         own["weights"], of["weights"] = weights, found["settings"].get("weights")
     if differing := differences(of, own):
         raise ValueError(f"figures {report!r} are of other weights than {ckpt_path!r}: {differing}")
