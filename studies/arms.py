@@ -16,6 +16,8 @@ OPTICS: dict[str, list[str]] = {
 }
 """Views, and with them alias residuals: arguments of all stages that read images."""
 
+SHARP_COMMITMENT = "--model.sharp_commitment=0.25"
+
 TOKENS: dict[str, tuple[str, list[str]]] = {
     "view": ("disk", []),
     "full": ("disk", ["--model.targets=full"]),
@@ -30,10 +32,10 @@ TOKENS: dict[str, tuple[str, list[str]]] = {
     "nyquist": ("nyquist", []),
     "per_scale": ("per_scale", []),
     "committed": ("disk", ["--model=token_levers.Committed"]),
-    "sharp_committed": ("disk", ["--model=token_levers.SharpCommitted"]),
+    "sharp_committed": ("disk", [SHARP_COMMITMENT]),
     "drawn": ("disk", ["--model=token_levers.Drawn"]),
-    "passing": ("disk", ["--model=token_levers.Passing"]),
-    "quarter": ("disk", ["--model=token_levers.Quarter"]),
+    "passing": ("disk", ["--model=token_levers.Passing", SHARP_COMMITMENT]),
+    "quarter": ("disk", ["--model=token_levers.Quarter", SHARP_COMMITMENT]),
     "smooth": ("disk", ["--model=token_levers.Smooth"]),
     "grid_loss": ("disk", ["--model=token_levers.GridLoss"]),
     "octaves": ("disk", ["--model=token_levers.Octaves"]),

@@ -24,16 +24,12 @@ class Tied(TokenizerTask):
     """One more term over z_s and f_hat_s, both of which are formed as ever."""
 
     def quantize(self, inputs: Tensor | list[Tensor]) -> Quantized:
-        features = self.features(inputs)
+        features = self.tokenizer.features(inputs)
         quantized = self.tokenizer.quantizer(features, features)
         if self.tokenizer.codebook.warming_up:
             return quantized
         stages = [f_hat.detach() for f_hat in quantized.stages]
         return quantized._replace(loss=quantized.loss + self.tie(features, stages) / len(features))
-
-    def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
-        """z_s."""
-        return self.tokenizer.features(inputs)
 
     def tie(self, features: Sequence[Tensor], stages: Sequence[Tensor]) -> Tensor:
         """The term, summed over scales.
@@ -54,13 +50,6 @@ class Committed(Tied):
         return 3 * COMMITMENT * torch.stack(errors).sum()
 
 
-class SharpCommitted(Tied):
-    """The sharp image's features commit to f_hat after every scale, as in VAR."""
-
-    def tie(self, features: Sequence[Tensor], stages: Sequence[Tensor]) -> Tensor:
-        return COMMITMENT * torch.stack([F.mse_loss(features[-1], f_hat) for f_hat in stages[:-1]]).sum()
-
-
 class Drawn(Tied):
     """Features of blurred views are drawn to the averages of the sharp image's."""
 
@@ -71,7 +60,19 @@ class Drawn(Tied):
         return self.weight * torch.stack([F.mse_loss(z, down(sharp, s)) for s, z in enumerate(features[:-1])]).sum()
 
 
-class Passing(SharpCommitted):
+class Formed(TokenizerTask):
+    """Features that are formed otherwise; for `sharp_commitment`, without which nothing ties them together."""
+
+    def quantize(self, inputs: Tensor | list[Tensor]) -> Quantized:
+        features = self.features(inputs)
+        return self.tokenizer.quantizer(features, features)
+
+    def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
+        """z_s."""
+        raise NotImplementedError
+
+
+class Passing(Formed):
     """The encoder learns from the sharp image alone, as VAR's does; the views pass through it without gradients."""
 
     def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
@@ -80,7 +81,7 @@ class Passing(SharpCommitted):
         return [*blurred, self.tokenizer.features(inputs)[-1]]
 
 
-class Quarter(SharpCommitted):
+class Quarter(Formed):
     """The encoder learns from blurred views of a quarter of the batch, which count four times; the step costs less."""
 
     def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:

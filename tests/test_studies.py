@@ -264,13 +264,15 @@ def make_batch() -> ImageBatch:
     return ImageBatch(images, torch.tensor([0, 1, 1, 0]), refocus.views(images, blurred), blurred)
 
 
-@pytest.mark.parametrize("name", ["Committed", "SharpCommitted", "Drawn", "Passing"])
+@pytest.mark.parametrize("name", ["Committed", "Drawn", "Passing", "TokenizerTask"])
 def test_ties_between_features_by_their_formulas(name: str) -> None:
     """Beside `TokenizerTask` of the same weights; the blurred views of one get no gradients."""
     import token_levers
 
-    plain = TokenizerTask(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **SMALL)
-    lever = getattr(token_levers, name)(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **SMALL)
+    options = {"schedule": LAYOUT, "warmup_steps": 0, "noise": (0.0, 0.0), **SMALL}
+    plain = TokenizerTask(**options)
+    sharp = {"sharp_commitment": 0.25} if name in ("Passing", "TokenizerTask") else {}
+    lever = getattr(token_levers, name)(**options, **sharp)
     for task in (plain, lever):
         task.tokenizer.codebook.step()
         task.load_state_dict(plain.state_dict())
@@ -285,10 +287,10 @@ def test_ties_between_features_by_their_formulas(name: str) -> None:
 
     expected = {
         "Committed": 0.75 * sum(apart(f, own) for f, own in zip(f_hats, z, strict=True)),
-        "SharpCommitted": 0.25 * sum(apart(z[-1], f) for f in f_hats[:-1]),
         "Drawn": 0.1 * sum(apart(z[-1], own) for own in z[:-1]),
     }
-    torch.testing.assert_close(added, expected.get(name, expected["SharpCommitted"]) / len(z))
+    sharp_commitment = 0.25 * sum(apart(z[-1], f) for f in f_hats[:-1])
+    torch.testing.assert_close(added, expected.get(name, sharp_commitment) / len(z))
     gradients = torch.autograd.grad(lever.run(batch, None).loss, views, materialize_grads=True)
     assert [bool(g.any()) for g in gradients] == [name != "Passing"] * (len(views) - 1) + [True]
 
@@ -296,8 +298,8 @@ def test_ties_between_features_by_their_formulas(name: str) -> None:
 def test_blurred_views_of_a_quarter_of_the_batch_teach_four_times_as_much() -> None:
     import token_levers
 
-    whole = token_levers.SharpCommitted(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **SMALL)
-    quarter = token_levers.Quarter(schedule=LAYOUT, warmup_steps=0, noise=(0.0, 0.0), **SMALL)
+    options = {"schedule": LAYOUT, "warmup_steps": 0, "noise": (0.0, 0.0), "sharp_commitment": 0.25, **SMALL}
+    whole, quarter = TokenizerTask(**options), token_levers.Quarter(**options)
     for task in (whole, quarter):
         task.tokenizer.codebook.step()
         task.load_state_dict(whole.state_dict())

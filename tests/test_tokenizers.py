@@ -63,6 +63,9 @@ def test_wrong_inputs_are_named(generator: torch.Generator) -> None:
         VQVAE(SCHEDULE, targets="full", **SMALL).encode([x])
     with pytest.raises(ValueError, match="targets must be one of"):
         VQVAE(SCHEDULE, targets="focus", **SMALL)
+    for targets, weight in (("full", 0.25), ("feature", 0.25), ("view", -1.0)):
+        with pytest.raises(ValueError, match=f"sharp_commitment must not be negative.* got {weight} for '{targets}'"):
+            VQVAE(SCHEDULE, targets=targets, sharp_commitment=weight, **SMALL)
     with pytest.raises(ValueError, match=r"ch_mult .* down-samples by 2, but patch_size is 4"):
         VQVAE(SCHEDULE, **(SMALL | {"ch_mult": (1, 1)}))
 
@@ -85,6 +88,21 @@ def test_quantiser_against_plain_recursion_in_float64(generator: torch.Generator
         phi = quantizer.phi_of(s)
         f_hat = f_hat + 0.5 * code + 0.5 * F.conv2d(code, phi.weight, phi.bias, padding=1)
     torch.testing.assert_close(quantizer.stages(found)[-1], f_hat, atol=1e-6, rtol=0)
+
+
+def test_sharp_features_commit_to_every_stage(generator: torch.Generator) -> None:
+    """Gradients of the loss by hand: those of the sharp features alone are other than without."""
+    quantizer = MultiScaleQuantizer((1, 2, 4), Codebook(16, 8, warmup_steps=0)).double()
+    quantizer.codebook.step()
+    features = [torch.randn(2, 8, n, n, generator=generator, dtype=torch.float64).requires_grad_() for n in (1, 2, 4)]
+    plain = torch.autograd.grad(quantizer(features).loss, features)
+    quantizer.sharp_commitment = 0.25
+    tied = torch.autograd.grad(quantizer(features).loss, features)
+    for before, after in zip(plain[:-1], tied[:-1], strict=True):
+        torch.testing.assert_close(after, before)
+    sharp, stages = features[-1].detach(), quantizer.stages(quantizer.encode(features))
+    added = sum(0.25 * 2 * (sharp - f_hat) / sharp.numel() for f_hat in stages[:-1]) / 3
+    torch.testing.assert_close(tied[-1] - plain[-1], added)
 
 
 @pytest.mark.parametrize(

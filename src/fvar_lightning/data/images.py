@@ -19,7 +19,7 @@ UNREAD = (".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef")
 """Endings of pictures that are not decoded."""
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, whatever a file is called. Pillow knows more: PostScript, for which it starts Ghostscript."""
-_TURNS = {
+_TURNS: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

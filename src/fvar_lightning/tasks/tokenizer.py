@@ -49,6 +49,8 @@ class TokenizerTask(Stage1Task):
         l1_weight: of the mean absolute error of the pixels.
         l2_weight: of the mean squared error of the pixels.
         vq_weight: of the codebook and commitment loss.
+        sharp_commitment: of a commitment that keeps the features of different views together, within the former; see
+            `VQVAE`.
         perceptual: network of the perceptual loss: ``none``, ``lpips`` or ``efficientnet_lite1``; see
             `perceptual_loss`.
         perceptual_weight: of the perceptual loss.
@@ -92,6 +94,7 @@ class TokenizerTask(Stage1Task):
         l1_weight: float = 0.2,
         l2_weight: float = 1.0,
         vq_weight: float = 1.0,
+        sharp_commitment: float = 0.0,
         perceptual: Perceptual = "none",
         perceptual_weight: float = 1.0,
         texture_weight: float = 0.0,
@@ -135,6 +138,7 @@ class TokenizerTask(Stage1Task):
             ch_mult=ch_mult,
             num_res_blocks=num_res_blocks,
             norm_groups=norm_groups,
+            sharp_commitment=sharp_commitment,
             decay=decay,
             warmup_steps=warmup_steps,
             revive_after=revive_after,

@@ -59,13 +59,21 @@ class MultiScaleQuantizer(nn.Module):
         num_phi: phi convolutions, shared evenly among the scales; ``None``: official VAR's 4, or S if that is less.
             Of more than S, as official files may have, some serve no scale.
         commitment: weight of the commitment loss.
+        sharp_commitment: weight of one more: the last scale's features commit to f_hat after every earlier scale too,
+            as in VAR, where all scales have the same features.
 
     Raises:
         ValueError: if there is no convolution.
     """
 
     def __init__(
-        self, patch_nums: Sequence[int], codebook: Codebook, *, num_phi: int | None = None, commitment: float = 0.25
+        self,
+        patch_nums: Sequence[int],
+        codebook: Codebook,
+        *,
+        num_phi: int | None = None,
+        commitment: float = 0.25,
+        sharp_commitment: float = 0.0,
     ) -> None:
         super().__init__()
         self.patch_nums = tuple(patch_nums)
@@ -73,7 +81,7 @@ class MultiScaleQuantizer(nn.Module):
         if num_phi < 1:
             raise ValueError(f"num_phi must be at least 1, got {num_phi}")
         self.codebook = codebook
-        self.commitment = commitment
+        self.commitment, self.sharp_commitment = commitment, sharp_commitment
         channels = codebook.embedding.embedding_dim
         self.phi = nn.ModuleList(Phi(channels) for _ in range(num_phi))
 
@@ -129,6 +137,8 @@ class MultiScaleQuantizer(nn.Module):
             at_reference = self._like(f_hat, reference, s)
             loss = loss + F.mse_loss(at_reference, reference.detach())
             loss = loss + self.commitment * F.mse_loss(reference, at_reference.detach())
+            if self.sharp_commitment and s < len(features) - 1:
+                loss = loss + self.sharp_commitment * F.mse_loss(features[-1], f_hat.detach())
             through = self.up(reference)
             stages.append(f_hat.detach() + through - through.detach())
         if self.training:

@@ -47,10 +47,13 @@ class VQVAE(nn.Module):
         num_res_blocks: residual blocks per resolution.
         norm_groups: groups of the GroupNorms (official: 32).
         num_phi: phi convolutions shared among the scales, see `MultiScaleQuantizer`.
+        sharp_commitment: targets ``view`` only: weight of the commitment of the sharp image's features to f_hat after
+            every scale, which keeps the features of different views together, see `MultiScaleQuantizer`.
         codebook: further arguments of `Codebook` (decay, warmup_steps, revive_after).
 
     Raises:
-        ValueError: if `ch_mult` does not fit the schedule's patch size, or `targets` or `psf` is unknown.
+        ValueError: if `ch_mult` does not fit the schedule's patch size, `targets` or `psf` is unknown, or
+            `sharp_commitment` is negative or given for other targets.
     """
 
     def __init__(
@@ -66,12 +69,18 @@ class VQVAE(nn.Module):
         num_res_blocks: int = 2,
         norm_groups: int = 32,
         num_phi: int | None = None,
+        sharp_commitment: float = 0.0,
         **codebook: Any,
     ) -> None:
         super().__init__()
         check_patch_size(schedule, ch_mult)
         if targets not in get_args(Targets):
             raise ValueError(f"targets must be one of {get_args(Targets)}, got {targets!r}")
+        if sharp_commitment < 0 or (sharp_commitment > 0 and targets != "view"):
+            raise ValueError(
+                "sharp_commitment must not be negative, and is 0 for targets other than 'view', got "
+                f"{sharp_commitment} for {targets!r}"
+            )
         self.schedule = schedule
         self.targets = targets
         self.psf = None if targets == "feature" else check_psf(psf)
@@ -80,7 +89,10 @@ class VQVAE(nn.Module):
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.quantizer = MultiScaleQuantizer(
-            schedule.patch_nums, Codebook(vocab_size, z_channels, cosine=False, **codebook), num_phi=num_phi
+            schedule.patch_nums,
+            Codebook(vocab_size, z_channels, cosine=False, **codebook),
+            num_phi=num_phi,
+            sharp_commitment=sharp_commitment,
         )
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
