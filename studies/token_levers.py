@@ -60,43 +60,15 @@ class Drawn(Tied):
         return self.weight * torch.stack([F.mse_loss(z, down(sharp, s)) for s, z in enumerate(features[:-1])]).sum()
 
 
-class Formed(TokenizerTask):
-    """Features that are formed otherwise; for `sharp_commitment`, without which nothing ties them together."""
+class Passing(TokenizerTask):
+    """The encoder learns from the sharp image alone, as VAR's does; the views pass through it without gradients. For
+    `sharp_commitment`, without which nothing ties their features together."""
 
     def quantize(self, inputs: Tensor | list[Tensor]) -> Quantized:
-        features = self.features(inputs)
-        return self.tokenizer.quantizer(features, features)
-
-    def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
-        """z_s."""
-        raise NotImplementedError
-
-
-class Passing(Formed):
-    """The encoder learns from the sharp image alone, as VAR's does; the views pass through it without gradients."""
-
-    def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             blurred = self.tokenizer.features(inputs)[:-1]
-        return [*blurred, self.tokenizer.features(inputs)[-1]]
-
-
-class Quarter(Formed):
-    """The encoder learns from blurred views of a quarter of the batch, which count four times; the step costs less."""
-
-    def features(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
-        blurred, sharp = inputs[:-1], inputs[-1]
-        taught = max(len(sharp) // 4, 1)
-        weight = len(sharp) / taught
-        learning = self._of_views([view[:taught] for view in blurred])
-        with torch.no_grad():
-            passing = self._of_views([view[taught:] for view in blurred])
-        weighted = [z.detach() + weight * (z - z.detach()) for z in learning]
-        return [*map(torch.cat, zip(weighted, passing, strict=True)), *self._of_views([sharp])]
-
-    def _of_views(self, views: Sequence[Tensor]) -> list[Tensor]:
-        encoder, quant_conv = self.tokenizer.encoder, self.tokenizer.quant_conv
-        return [quant_conv(encoder(view)) for view in views]
+        features = [*blurred, self.tokenizer.features(inputs)[-1]]
+        return self.tokenizer.quantizer(features, features)
 
 
 class Smooth(TokenizerTask):

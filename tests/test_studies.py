@@ -295,27 +295,6 @@ def test_ties_between_features_by_their_formulas(name: str) -> None:
     assert [bool(g.any()) for g in gradients] == [name != "Passing"] * (len(views) - 1) + [True]
 
 
-def test_blurred_views_of_a_quarter_of_the_batch_teach_four_times_as_much() -> None:
-    import token_levers
-
-    options = {"schedule": LAYOUT, "warmup_steps": 0, "noise": (0.0, 0.0), "sharp_commitment": 0.25, **SMALL}
-    whole, quarter = TokenizerTask(**options), token_levers.Quarter(**options)
-    for task in (whole, quarter):
-        task.tokenizer.codebook.step()
-        task.load_state_dict(whole.state_dict())
-    batch = make_batch()
-    *blurred, sharp = [view.requires_grad_() for view in batch.views.focused]
-
-    def gradients(task: TokenizerTask) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(task.run(batch, None).loss, [*blurred, sharp])
-
-    (*expected, at_sharp), (*got, got_sharp) = gradients(whole), gradients(quarter)
-    torch.testing.assert_close(got_sharp, at_sharp)
-    for g, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(g[:1], 4 * e[:1])
-        assert not g[1:].any()
-
-
 def test_a_smooth_decoder_begins_with_bilinear_interpolation() -> None:
     import token_levers
 
