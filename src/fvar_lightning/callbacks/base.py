@@ -136,43 +136,16 @@ class StudentEvaluation(Callback):
         if self.weights == "raw" and not _fitting(trainer):
             use_raw_weights(pl_module, checkpoint)
 
-    def _start(self, trainer: Trainer, task: LightningModule) -> None:
-        assert isinstance(task, FVARTask)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, if it is this epoch's turn; with the weights of the running step, generate."""
+        assert isinstance(pl_module, FVARTask)
         self.active = not trainer.sanity_checking
         if self.active and _fitting(trainer):
             self.active = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if self.active:
-            self.begin(trainer, task)
+            self.begin(trainer, pl_module)
             if self._before_the_loop(trainer):
-                self._generate(trainer, task)
-
-    def _batch(self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        if not self.active:
-            return
-        assert isinstance(task, FVARTask)
-        self.observe(trainer, task, batch, batch_idx)
-        if not is_last_batch(trainer, batch_idx, dataloader_idx):
-            return
-        if not self._before_the_loop(trainer):
-            self._generate(trainer, task)
-        with isolate_rng(include_cuda=False):
-            values = self.figures(trainer, task)
-        prefix = "test" if trainer.testing else "val"
-        task.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True, batch_size=1)
-        self.finished = True
-
-    def _before_the_loop(self, trainer: Trainer) -> bool:
-        return self.weights == "raw" and _fitting(trainer)
-
-    def _generate(self, trainer: Trainer, task: FVARTask) -> None:
-        with isolate_rng(include_cuda=False), trainer.precision_plugin.forward_context():
-            self.generate(trainer, task)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
+                self._generate(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -183,18 +156,30 @@ class StudentEvaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        """Observe the batch; behind the last one, generate and log the figures."""
+        if not self.active:
+            return
+        assert isinstance(pl_module, FVARTask)
+        self.observe(trainer, pl_module, batch, batch_idx)
+        if not is_last_batch(trainer, batch_idx, dataloader_idx):
+            return
+        if not self._before_the_loop(trainer):
+            self._generate(trainer, pl_module)
+        with isolate_rng(include_cuda=False):
+            values = self.figures(trainer, pl_module)
+        prefix = "test" if trainer.testing else "val"
+        pl_module.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True, batch_size=1)
+        self.finished = True
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+
+    def _before_the_loop(self, trainer: Trainer) -> bool:
+        return self.weights == "raw" and _fitting(trainer)
+
+    def _generate(self, trainer: Trainer, task: FVARTask) -> None:
+        with isolate_rng(include_cuda=False), trainer.precision_plugin.forward_context():
+            self.generate(trainer, task)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse to end `validate` or `test` without figures."""

@@ -87,18 +87,6 @@ class TokenizerPictures(Callback):
                 f"TokenizerPictures needs a TokenizerTask or an AliasTokenizerTask, got {type(pl_module).__name__}"
             )
 
-    def _batch(self, trainer: Trainer, task: LightningModule, batch: ImageBatch, batch_idx: int) -> None:
-        if batch_idx == 0 and not trainer.sanity_checking and isinstance(task, TokenizerTask):
-            picture = reconstructions_picture(task, first_images(batch, self.num_images), self.side)
-            log_pictures(trainer, {"reconstructions": picture})
-
-    def _end(self, trainer: Trainer) -> None:
-        prefix = "val/usage/"
-        logged = trainer.callback_metrics
-        usage = {name.removeprefix(prefix): float(logged[name]) for name in logged if name.startswith(prefix)}
-        if usage and not trainer.sanity_checking:
-            log_pictures(trainer, {"usage": bar_chart(usage, "Code usage: perplexity / min(codes, tokens seen)")})
-
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -108,24 +96,21 @@ class TokenizerPictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._batch(trainer, pl_module, batch, batch_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._batch(trainer, pl_module, batch, batch_idx)
+        """Draw the first batch."""
+        if batch_idx == 0 and not trainer.sanity_checking and isinstance(pl_module, TokenizerTask):
+            picture = reconstructions_picture(pl_module, first_images(batch, self.num_images), self.side)
+            log_pictures(trainer, {"reconstructions": picture})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer)
+        """Draw the usage that was logged."""
+        prefix = "val/usage/"
+        logged = trainer.callback_metrics
+        usage = {name.removeprefix(prefix): float(logged[name]) for name in logged if name.startswith(prefix)}
+        if usage and not trainer.sanity_checking:
+            log_pictures(trainer, {"usage": bar_chart(usage, "Code usage: perplexity / min(codes, tokens seen)")})
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer)
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
 
 
 def first_images(batch: ImageBatch, count: int) -> ImageBatch:

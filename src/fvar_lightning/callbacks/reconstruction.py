@@ -74,10 +74,11 @@ class ReconstructionMetrics(Callback):
         if self.lpips is None and self.network is not None:
             self.lpips = local_lpips(self.network, pl_module.schedule.image_size)
 
-    def _begin(self, trainer: Trainer, task: LightningModule) -> None:
-        assert isinstance(task, TokenizerTask)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin all figures anew."""
+        assert isinstance(pl_module, TokenizerTask)
         assert self.extractor is not None
-        size, stride = task.schedule.image_size, task.schedule.patch_size
+        size, stride = pl_module.schedule.image_size, pl_module.schedule.patch_size
         statistics = functools.partial(
             FeatureStatistics, self.extractor.name, self.extractor.num_features, size, keep_features=False
         )
@@ -89,26 +90,33 @@ class ReconstructionMetrics(Callback):
             "reconstructed": statistics(),
             "original": statistics(),
         }
-        for k in range(task.schedule.focus_states):
+        for k in range(pl_module.schedule.focus_states):
             self.metrics[f"focus_psnr/{k + 1}"] = PeakSignalNoiseRatio(data_range=2.0)
         if self.lpips is not None:
             self.lpips.reset()
             self.metrics["lpips"] = self.lpips
         for metric in (*self.metrics.values(), self.extractor):
-            metric.to(task.device)
+            metric.to(pl_module.device)
 
     @torch.no_grad()
-    def _batch(
-        self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
+        """Add a batch; behind the last one, log the figures."""
         if trainer.sanity_checking:
             return
         assert self.extractor is not None
-        assert isinstance(task, TokenizerTask)
+        assert isinstance(pl_module, TokenizerTask)
         true, made = batch.images.float(), outputs["decoded"][0].detach().float().clamp(-1, 1)
         self.metrics["ssim"].update((made + 1) / 2, (true + 1) / 2)
         with trainer.precision_plugin.forward_context():
-            states = task.reconstruct(batch)
+            states = pl_module.reconstruct(batch)
         for k, (decoded, state) in enumerate(zip(states, batch.blurred, strict=True)):
             self.metrics[f"focus_psnr/{k + 1}"].update(decoded.float(), state.float())
         if "lpips" in self.metrics:
@@ -121,7 +129,7 @@ class ReconstructionMetrics(Callback):
         if is_last_batch(trainer, batch_idx, dataloader_idx):
             prefix = "test" if trainer.testing else "val"
             values = {f"{prefix}/{name}": value for name, value in self._figures(trainer).items()}
-            task.log_dict(values, sync_dist=True, batch_size=1)
+            pl_module.log_dict(values, sync_dist=True, batch_size=1)
 
     def _figures(self, trainer: Trainer) -> dict[str, float]:
         """Over all ranks."""
@@ -145,33 +153,8 @@ class ReconstructionMetrics(Callback):
         log_pictures(trainer, {"spectrum": spectra_picture(spectrum, "reconstructed")})
         return {name: float(value) for name, value in values.items()}
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._batch(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._batch(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
 
 
 def high_band_ratio(spectrum: RadialSpectrumDistance) -> Tensor:
