@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fvar_lightning.atomic import replacing, write_json
 from fvar_lightning.data.pixels import to_uint8
+from fvar_lightning.data.tokens import disagreements
 
 PNG_END = b"IEND\xaeB`\x82"
 ORDER_SEED = 0
@@ -70,15 +71,9 @@ class SampleFolder:
                 found = json.loads(note.read_text())["settings"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{note} cannot be read ({error!r}); give another folder, or remove it") from error
-            differing = [
-                f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
-                for name in sorted(found.keys() | wanted.keys())
-                if found.get(name) != wanted.get(name)
-            ]
-            if differing:
+            if differing := disagreements(found, wanted):
                 raise ValueError(
-                    f"folder {str(self.root)!r} holds images made with {'; '.join(differing)}: "
-                    "give another folder, or remove it"
+                    f"folder {str(self.root)!r} holds images made with {differing}: give another folder, or remove it"
                 )
         elif self.npz.exists() or next(self.root.glob("*/*.png"), None) is not None:
             raise ValueError(
