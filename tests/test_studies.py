@@ -113,12 +113,14 @@ def test_tables_are_made_anew_from_the_figures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["results.md", "tokenizers.md"])
 def test_documents_show_the_figures_beside_them(name: str) -> None:
-    from results import renewed
+    from results import TABLE, renewed
 
     docs = STUDIES.parent / "docs"
     text = (docs / name).read_text()
     assert "<!-- table: " in text
     assert renewed(text, docs / "results") == text, f"python studies/results.py docs/{name}"
+    without_comment = re.findall(r"^\|  \| seeds .*|^\| steps of .*", TABLE.sub("", text), re.MULTILINE)
+    assert not without_comment
 
 
 def test_codes_in_use_are_the_exponential_of_their_entropy(tmp_path: Path) -> None:
