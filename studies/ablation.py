@@ -1,7 +1,7 @@
 """Does next focus beat next scale? The paper's Table 3 in miniature, with seeds, controls and equal budgets.
 
-    python studies/ablation.py scenes128    --images ../shared/data/scenes128     --output ablation
-    python studies/ablation.py FashionMNIST --images ../shared/data/fashion_mnist --output ablation
+    python studies/ablation.py scenes128    --images path/of/scenes128     --output ablation
+    python studies/ablation.py FashionMNIST --images path/of/fashion_mnist --output ablation
     python studies/ablation.py photographs  --output ablation
 
 For every seed: the tokenizers and token caches that arms share, then the students of all arms (studies/arms.py) from

@@ -1,6 +1,6 @@
-"""Compares ours and VAR's way of editing on the validation images of a folder, class-free, with one trained model.
+"""Compares ours and VAR's way of editing on the validation images of a folder, unconditional, with one trained model.
 
-    python studies/editing.py --checkpoint quickstart/fvar/last.ckpt --images ../shared/data/scenes128 --output editing
+    python studies/editing.py --checkpoint quickstart/fvar/last.ckpt --images path/of/scenes128 --output editing
 
 Prints a Markdown table and writes results.json and a picture for every mask into the output folder. Every row is kept
 as soon as it is done: the same command goes on where it was stopped.

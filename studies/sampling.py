@@ -1,6 +1,6 @@
 """Quality against time when a trained model samples: guidance that stops early, and weights in bf16.
 
-    python studies/sampling.py scenes128 --images ../shared/data/scenes128 --output sampling \\
+    python studies/sampling.py scenes128 --images path/of/scenes128 --output sampling \\
         --model ablation/scenes128/arms/var/0/steps/fvar/last.ckpt
 
 Every way samples the same labels with the same noise, several times with other noise. The table has the Frechet

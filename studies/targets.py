@@ -1,7 +1,7 @@
 """Compares the three targets of the structure tokenizer, at the quickstart's sizes and with the same budget.
 
-    python studies/targets.py scenes128 --images ../shared/data/scenes128 --output targets
-    python studies/targets.py FashionMNIST --images ../shared/data/fashion_mnist --output targets
+    python studies/targets.py scenes128 --images path/of/scenes128 --output targets
+    python studies/targets.py FashionMNIST --images path/of/fashion_mnist --output targets
 
 For every target and seed: a structure tokenizer, its figures on the validation images, a student alone (no teacher) on
 its tokens, and the Frechet distance of what that generates to the validation images. Beside them the same autoencoder

@@ -76,7 +76,7 @@ def runs(config: str) -> dict[str, Run]:
 
 
 def labels(config: Config) -> Tensor:
-    """(2,): the last class, and the class-free label."""
+    """(2,): the last class, and the null class."""
     return torch.tensor([config.num_classes - 1, config.num_classes])
 
 

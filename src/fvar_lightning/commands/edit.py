@@ -38,7 +38,7 @@ def edit_image(
         image: picture of any size: its middle is resized to the model's square. Without a mask, its transparent parts
             are filled.
         mask: picture of the same size or proportions, white where new content goes, black or transparent elsewhere.
-        name: class of the new content, by name or number; without one it is class-free.
+        name: class of the new content, by name or number; without one it is unconditional.
         outpaint: pixels of new content around the picture, which is shrunk to leave room for them: one number, or four
             for the left, right, top and bottom.
         output: PNG file to write.
@@ -105,7 +105,7 @@ def edit_command(args: list[str]) -> None:
     parser.add_class_arguments(ModelOptions)
     parser.add_class_arguments(SamplingOptions)
     # a word of Python, and a list of words: no argument of a function becomes these
-    parser.add_argument("--class", help="class of the new content, by name or number; without one it is class-free")
+    parser.add_argument("--class", help="class of the new content, by name or number; without one it is unconditional")
     parser.add_argument(
         "--outpaint",
         nargs="+",

@@ -55,7 +55,7 @@ def edit(
         vae: its structure tokenizer.
         images: (B, 3, H, W) in [-1, 1], H = W = the schedule's image size.
         mask: (H, W), (B, H, W) or (B, 1, H, W) bool, true where new content goes.
-        labels: (B,) int64, the class of the new content; ``None``: class-free.
+        labels: (B,) int64, the class of the new content; ``None``: unconditional.
         method: how the kept part is forced.
         feather: pixels of the hole along its border over which the new content is shifted to meet the kept pixels,
             see `composite`; ``None``: the side of the image, so that the whole hole is, the far ends less; 0: none.

@@ -136,7 +136,7 @@ def generate(
     Args:
         var: the student.
         vae: its structure tokenizer.
-        labels: (B,) int64 on the models' device, 0..num_classes (num_classes: class-free).
+        labels: (B,) int64 on the models' device, 0..num_classes (num_classes: the null class).
         guidance: classifier-free guidance; a number g means g * s / (S - 1) at scale s (VAR), a sequence of S numbers
             is taken as it is (`ramp`, `constant` and `interval` of `fvar_lightning.generation.guidance` make some).
             The unconditional half is computed up to the last scale whose strength is not 0.
@@ -261,5 +261,5 @@ def _any_conditional(labels: Tensor, num_classes: int) -> bool:
         return False
     low, high = (int(label) for label in labels.aminmax())
     if not 0 <= low <= high <= num_classes:
-        raise ValueError(f"labels must lie in 0..{num_classes} ({num_classes}: class-free), got {low}..{high}")
+        raise ValueError(f"labels must lie in 0..{num_classes} ({num_classes}: the null class), got {low}..{high}")
     return low < num_classes

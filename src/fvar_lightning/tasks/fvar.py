@@ -94,7 +94,7 @@ class FVARTask(Stage2Task):
         distill_stop: part of the run after which nothing is distilled any more.
         token_corruption: largest share of an image's tokens that are replaced by neighbours in training, while the
             targets after them put it right (`corrupted`); every image draws a share up to it. 0: none.
-        label_dropout: probability that a label becomes the class-free one.
+        label_dropout: probability that a label becomes the null class.
         guidance: strength of classifier-free guidance when generating, at the last scale.
         top_k: generating draws from so many of the likeliest tokens; 0: from all.
         top_p: and of these from the likeliest that hold this probability; 0: from all.

@@ -63,7 +63,7 @@ class VAR(nn.Module):
         patch_nums: side of every token map.
         vocab_size: V.
         z_channels: Z of the tokenizer.
-        num_classes: labels 0..num_classes-1; num_classes itself is the class-free label.
+        num_classes: labels 0..num_classes-1; num_classes itself is the null class.
         depth: number of blocks.
         width: C; ``None`` is 64 * depth.
         heads: attention heads; ``None`` is width / 64.

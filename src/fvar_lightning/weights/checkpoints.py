@@ -64,7 +64,7 @@ def load_tokenizer(
 def load_initial_weights(var: VAR, path: str | Path) -> None:
     """Start `var` from trained weights, to go on with other classes or other tokens.
 
-    Where the number of classes differs, the class embeddings keep their initialisation, but for the class-free one,
+    Where the number of classes differs, the class embeddings keep their initialisation, but for the null class,
     which is no class; all else is taken over.
 
     Args:
