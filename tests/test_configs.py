@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning import Trainer
 from torch import distributed
 
@@ -34,6 +36,7 @@ DATA = [name for name in ALL if name.startswith("data/") and name not in CACHED]
 EVALUATION = [name for name in ALL if name.startswith("evaluation/")]
 OVERRIDES = [name for name in ALL if name.startswith(("ablation/", "trainer/"))]
 BASE = "fvar_d12_256.yaml"
+OF_TOKENIZERS = ["ablation/sharp_commitment.yaml"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,16 +87,71 @@ def test_whole_configuration(name: str, image_folder: Path, tmp_path: Path) -> N
     step([name], image_folder, tmp_path)
 
 
+def base_of(override: str) -> str:
+    return "tokenizer/structure_tiny.yaml" if override in OF_TOKENIZERS else BASE
+
+
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_override(name: str, image_folder: Path, tmp_path: Path) -> None:
     one = ["--trainer.strategy.init_args.data_parallel_size=1"] if name.startswith("trainer/fsdp2") else []
-    cli = step([BASE, name], image_folder, tmp_path, *one)
+    cli = step([base_of(name), name], image_folder, tmp_path, *one)
     options = small_configs.read(name).get("trainer", {})
     assert cli.trainer.precision == options.get("precision", "32-true")
     if strategy := options.get("strategy"):
         wanted = "DDPStrategy" if strategy == "ddp" else strategy["class_path"].split(".")[-1]
         assert type(cli.trainer.strategy).__name__ == wanted
         assert distributed.get_backend() == "gloo"
+
+
+@pytest.mark.parametrize("name", [name for name in OVERRIDES if name.startswith("ablation/")])
+def test_an_ablation_changes_all_that_it_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No value of it is the one that stands without it."""
+
+    def settings(*names: str) -> dict[str, object]:
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", *(f"--config={FOLDER / name}" for name in names), "--print_config"])
+        return leaves(yaml.safe_load(capsys.readouterr().out))
+
+    before, after = settings(base_of(name)), settings(base_of(name), name)
+    for option in leaves(small_configs.read(name)):
+        assert after[option] != before[option], option
+
+
+def leaves(content: dict[str, Any], above: str = "") -> dict[str, object]:
+    """Values by their dotted names."""
+    found: dict[str, object] = {}
+    for name, value in content.items():
+        found |= leaves(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return found
+
+
+def test_the_recipe_of_every_depth_is_that_of_the_page() -> None:
+    page = (FOLDER.parent / "docs" / "paper.md").read_text()
+    row = r"^\| ([\d, ]+)(?: at (\d+) px)? \| (\S+) \| (\S+) \| (.+) \| (\S+)(?: of its peak)? \| (\d+) \|$"
+    rows = re.findall(row, page, re.MULTILINE)
+    found = {}
+    for depths, size, gain, rate, decay, final, batch in rows:
+        for depth in depths.split(", "):
+            decays = [float(number) for number in decay.removesuffix(" by half a cosine").split(" to ")]
+            found[f"fvar_d{depth}_{size or 256}.yaml"] = [float(gain), float(rate), decays, float(final), int(batch)]
+    assert sorted(found) == sorted(STUDENTS)
+    for name, wanted in found.items():
+        content = small_configs.read(name)
+        options, data = content["model"]["init_args"], content["data"]["init_args"]
+        adam = options["optimizer"]["init_args"]
+        batch = 8 * data["batch_size"] * content["trainer"].get("accumulate_grad_batches", 1)
+        decays = [adam["weight_decay"], *([options["weight_decay_final"]] if "weight_decay_final" in options else [])]
+        rate = adam["lr"] * 256 / batch
+        assert [options["initial_gain"], pytest.approx(rate), decays, options["lr_final"], batch] == wanted, name
+        assert options["lr_hold"] == 0.05
+
+
+def test_the_protocols_sample_as_official_var() -> None:
+    """50 000 images with the strengths of its README's figures."""
+    settings = small_configs.read("evaluation/protocol.yaml"), small_configs.read("evaluation/samples.yaml")
+    judged, written = (content["trainer"]["callbacks+"][0]["init_args"] for content in settings)
+    assert judged["sampling"] == written["sampling"] == {"guidance": 1.5, "top_k": 900, "top_p": 0.96}
+    assert judged["num_samples"] == 1000 * settings[1]["data"]["init_args"]["samples_per_class"] == 50_000
 
 
 def test_quickstart_writes_a_cache_and_trains_from_it(image_folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 import torch
@@ -255,8 +256,13 @@ def test_every_arm_names_what_there_is() -> None:
 
     for arm in ARMS.values():
         assert TOKENS[arm.tokens][0] in OPTICS
+        assert issubclass(locate(arm.task if "." in arm.task else f"fvar_lightning.{arm.task}"), FVARTask), arm
         for argument in arm.arguments:
             assert Path(argument.removeprefix("--config=")).is_file()
+    for _, arguments in TOKENS.values():
+        for argument in arguments:
+            if argument.startswith("--model="):
+                assert issubclass(locate(argument.removeprefix("--model=")), TokenizerTask), argument
 
 
 def make_batch() -> ImageBatch:
