@@ -203,6 +203,17 @@ def test_real_statistics_are_computed_once_and_again_when_the_images_change(
     assert len(list((tmp_path / "cache").glob("train-*-tiny-16.npz"))) == 2
 
 
+def test_a_second_run_compares_with_its_own_images(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    callback = metrics(tmp_path)
+    trainer, found = make_trainer(tmp_path, [callback]), []
+    for fraction in (0.2, 0.5):
+        data = make_data(image_folder, val_fraction=fraction)
+        trainer.validate(make_task(tokenizers), data, verbose=False)
+        found.append((callback.real_name, callback.real_statistics.count))
+    assert [count for _, count in found] == [16, 10]
+    assert found[0][0] != found[1][0]
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning(
     tokenizers: list[str], image_folder: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +331,22 @@ def test_averaged_weights_are_judged_whatever_the_order_of_callbacks(
             make_task(tokenizers), make_data(image_folder), ckpt_path=path, verbose=False
         )
         assert torch.equal(watch.seen[0], expected)
+
+
+def test_before_the_average_begins_the_weights_are_those_of_training(
+    tokenizers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    """In validation, and after a fit that ends before; the copy that waits is of the untrained weights."""
+    watch, average = Watch(), Watch()
+    task = make_task(tokenizers)
+    untrained = task.student.head.weight.detach().clone()
+    make_trainer(tmp_path, [watch, DeviceWeightAveraging(0.5, 100)], max_steps=8).fit(task, make_data(image_folder))
+    assert torch.equal(watch.seen[0], task.student.head.weight)
+    assert not torch.equal(watch.seen[0], untrained)
+    task = make_task(tokenizers)
+    make_trainer(tmp_path, [average, DeviceWeightAveraging(0.5, 3)], max_steps=8).fit(task, make_data(image_folder))
+    assert torch.equal(average.seen[0], task.student.head.weight)
+    assert not torch.equal(average.seen[0], watch.seen[0])
 
 
 @pytest.mark.parametrize("interval", [3, 100])
@@ -468,6 +495,12 @@ def test_a_run_without_data_does_not_end_without_figures(
         (lambda: GenerationMetrics(real="test"), "real must be one of .* got 'test'"),
         (lambda: GenerationMetrics(weights="swa"), "weights must be one of .* got 'swa'"),
         (lambda: GenerationMetrics(sampling={"cfg": 1}), "sampling may hold .* got cfg"),
+        (
+            lambda: GenerationMetrics(sampling={"guidance": "strong"}),
+            "guidance must be a finite number .* got 'strong'",
+        ),
+        (lambda: SamplePictures(sampling={"guidance": [1.5, -1.0]}), r"guidance must be .* got \[1.5, -1.0\]"),
+        (lambda: SamplePictures(sampling={"more_smooth": "yes"}), "more_smooth must be true or false, got 'yes'"),
         (lambda: AliasMetrics(8, batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: SamplePictures(classes=0), "classes must be at least 1, got 0"),
         (lambda: TokenizerPictures(side=0), "side must be at least 1, got 0"),

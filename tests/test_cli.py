@@ -147,6 +147,33 @@ def test_another_network_than_the_checkpoints_is_not_loaded(trained: Path, image
             f"--ckpt_path={trained / 'last.ckpt'}")  # fmt: skip
 
 
+def test_a_checkpoint_of_another_task_is_refused(
+    trained: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", f"--config={CONF / 'alias.yaml'}", f"--data.source={image_folder}", "--trainer.logger=false"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*args, f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={trained / 'last.ckpt'}"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("is of fvar_lightning.FVARTask, model is fvar_lightning.AliasTokenizerTask")
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_random_weights_are_not_judged(
+    command: str, trained: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(command, image_folder, tmp_path, *tokenizers(trained))
+    assert f"ckpt_path must be given for {command}, got none" in capsys.readouterr().err.splitlines()[-1]
+    initial = f"--model.initial_weights={trained / 'last.ckpt'}"
+    run(command, image_folder, tmp_path, *tokenizers(trained), initial, "--model.depth=2")
+
+
+def test_figures_of_a_test_are_under_its_name(trained: Path, image_folder: Path, tmp_path: Path) -> None:
+    cli = run("test", image_folder, tmp_path, f"--ckpt_path={trained / 'last.ckpt'}")
+    assert cli.trainer.callback_metrics["test/student"] > 0
+    assert not [name for name in cli.trainer.callback_metrics if name.startswith("val/")]
+
+
 def test_a_folder_of_shards_needs_processes_that_shard(
     trained: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

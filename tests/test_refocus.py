@@ -44,6 +44,16 @@ def reference(images: Tensor, schedule: FocusSchedule, psf: str = "disk") -> Vie
     return Views(focused, downsampled, [d - f for d, f in zip(downsampled, focused, strict=True)])
 
 
+@pytest.mark.parametrize("psf", sorted(PSFS))
+@pytest.mark.parametrize("radii", [(5.0, 1.0, 0.4, 0.0), (0.5, 0.3, 0.2, 0.0), (3.0, 2.0, 1.2, 0.0)], ids=str)
+def test_sharp_scales_are_those_without_residual(psf: str, radii: tuple[float, ...]) -> None:
+    """A disk of half a pixel, a Lanczos window of 1.2: no blur, though no radius of 0."""
+    refocus = Refocus(FocusSchedule((1, 2, 3, 4), schedule=radii), psf)
+    residuals = [bool(alias.abs().max() > 1e-9) for alias in refocus(noise(64)).alias]
+    assert refocus.sharp_scales == residuals.count(False)
+    assert residuals == sorted(residuals, reverse=True)
+
+
 def largest_difference(first: Views, second: Views) -> float:
     pairs = [(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)]
     assert all(a.shape == b.shape for a, b in pairs)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,13 @@ def test_stage_two_trains_from_a_token_cache(tmp_path: Path, trained: dict[str, 
     ],
 )
 def test_a_cache_of_another_tokenizer_is_refused(
-    command: str, change: object, message: str, trained: dict[str, Path], caches: list[str], tmp_path: Path
+    command: str,
+    change: object,
+    message: str,
+    trained: dict[str, Path],
+    caches: list[str],
+    stage2: Path,
+    tmp_path: Path,
 ) -> None:
     """Of equal sizes."""
     for kind, path in trained.items():
@@ -161,8 +168,8 @@ def test_a_cache_of_another_tokenizer_is_refused(
         torch.save(checkpoint, tmp_path / f"{kind}.ckpt")
     others = {kind: tmp_path / f"{kind}.ckpt" for kind in trained}
     with pytest.raises(ValueError, match=f"the token cache '.*train' was written with {message}"):
-        main([command, *caches, *stage2_args(others), f"--trainer.default_root_dir={tmp_path}",
-              "--trainer.logger=false"])  # fmt: skip
+        main([command, *caches, *stage2_args(others), f"--model.initial_weights={stage2}",
+              f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"])  # fmt: skip
 
 
 def test_a_cache_without_alias_tokens_teaches_nobody(trained: dict[str, Path], caches: list[str]) -> None:
@@ -634,23 +641,30 @@ def test_rate_and_decay_are_those_of_official_runs() -> None:
         scheduler.step()
 
 
-def test_a_resumed_run_decays_as_its_own_arguments_say() -> None:
+@pytest.mark.parametrize("own", [0.9, None])
+def test_a_resumed_run_decays_as_its_own_arguments_say(own: float | None) -> None:
     """Of the checkpoint it takes how far the run had come."""
 
-    def schedule(steps: int, final: float) -> WarmupLinear:
-        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3.0, weight_decay=0.05)
+    def schedule(steps: int, final: float | None, peak: float, decay: float) -> WarmupLinear:
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=peak, weight_decay=decay)
         return WarmupLinear(optimizer, steps, warmup=0.02, final=0.1, weight_decay_final=final)
 
-    first, longer, resumed = schedule(100, 0.2), schedule(1000, 0.9), schedule(1000, 0.9)
+    first, longer, resumed = (
+        schedule(100, 0.2, 1.0, 0.1),
+        schedule(1000, own, 3.0, 0.05),
+        schedule(1000, own, 3.0, 0.05),
+    )
     for scheduler in (first, longer):
         for _ in range(50):
             scheduler.optimizer.step()
             scheduler.step()
+    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
     resumed.load_state_dict(first.state_dict())
+    group, expected = resumed.optimizer.param_groups[0], longer.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (expected["lr"], expected["weight_decay"])
     for scheduler in (longer, resumed):
         scheduler.optimizer.step()
         scheduler.step()
-    group, expected = resumed.optimizer.param_groups[0], longer.optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (expected["lr"], expected["weight_decay"])
 
 
@@ -659,13 +673,17 @@ def test_a_resumed_run_decays_as_its_own_arguments_say() -> None:
     [
         (FVARTask, "lr_warmup", 1000), (FVARTask, "lr_final", -0.1), (FVARTask, "seed", -1), (FVARTask, "top_p", 95),
         (FVARTask, "top_k", -1), (FVARTask, "heads", 0), (TokenizerTask, "lr_warmup", 1000),
-        (TokenizerTask, "seed", -1), (AliasTokenizerTask, "schedule", FocusSchedule((16,), focus_states=1)),
+        (FVARTask, "guidance", -1.0), (FVARTask, "logit_weight", math.nan), (TokenizerTask, "seed", -1),
+        (TokenizerTask, "l1_weight", -1.0), (TokenizerTask, "texture_weight", -1.0), (TokenizerTask, "ch", 0),
+        (TokenizerTask, "noise", (0.1, math.nan)), (TokenizerTask, "lr_final", math.nan),
+        (AliasTokenizerTask, "vq_weight", -1.0), (AliasTokenizerTask, "z_channels", 0),
+        (AliasTokenizerTask, "schedule", FocusSchedule((16,), focus_states=1)), (AliasTokenizerTask, "psf", "none"),
     ],
 )  # fmt: skip
 def test_values_that_would_fail_later_are_refused_at_once(task: type, argument: str, value: Any) -> None:
     own = {"num_classes": 2, "depth": 1, "width": 8} if task is FVARTask else {}
     described = [{"kind": kind, "schedule": FocusSchedule((1, 2), focus_states=2)} for kind in ("structure", "alias")]
-    named = {"schedule": "patch_nums", "heads": "width"}.get(argument, argument)
+    named = {"psf": "schedule", "heads": "width"}.get(argument, argument)
     with pytest.raises(ValueError, match=f"{named} must"):
         task(*(described if task is FVARTask else ()), **own | {argument: value})
 
@@ -679,6 +697,63 @@ def test_weights_of_half_precision(tmp_path: Path, image_folder: Path, trained: 
     for kind in ("structure", "alias"):
         with pytest.raises(ValueError, match=r"precision must be 32-true, bf16-mixed or 16-mixed.*got bf16-true"):
             fit(f"{kind}.yaml", image_folder, tmp_path / kind, [half])
+    with pytest.raises(ValueError, match="precision must not be 16-true"):
+        fit("fvar.yaml", image_folder, tmp_path, [*stage2_args(trained), "--trainer.precision=16-true"])
+
+
+@pytest.mark.parametrize("kind", ["structure", "alias"])
+def test_tokenizers_of_double_precision(kind: str, tmp_path: Path, image_folder: Path) -> None:
+    fit(f"{kind}.yaml", image_folder, tmp_path, ["--trainer.precision=64-true", "--trainer.max_steps=1"])
+    weights = read_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+    assert weights["tokenizer.encoder.conv_out.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "message"),
+    [
+        ("validate", "--data.psf=gaussian", "psf is disk, not gaussian"),
+        ("fit", "--data.schedule.max_radius=1.0", "schedule is .*'max_radius': None.* not .*'max_radius': 1.0"),
+    ],
+)
+def test_a_tokenizers_checkpoint_of_other_views_is_refused(
+    command: str, change: str, message: str, tmp_path: Path, image_folder: Path, trained: dict[str, Path]
+) -> None:
+    args = [
+        f"--config={CONF / 'alias.yaml'}",
+        f"--data.source={image_folder}",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    with pytest.raises(ValueError, match=f"the checkpoint is of a tokenizer of other views: {message}"):
+        main([command, *args, change, f"--ckpt_path={trained['alias']}", "--trainer.logger=false"])
+
+
+def test_labels_of_other_classes_are_told(
+    tmp_path: Path, image_folder: Path, trained: dict[str, Path], recwarn: pytest.WarningsRecorder
+) -> None:
+    """Where a label means another class than in training; names of one's own are no such thing."""
+    for a, b in (("blue", "ape"), ("red", "blue")):
+        shutil.copytree(image_folder / a, tmp_path / "images" / b)
+    own = [*stage2_args(trained), "--model.num_classes=2", "--model.class_names=[sea,fire]", "--trainer.max_steps=1"]
+    fit("fvar.yaml", image_folder, tmp_path, own)
+    path = f"--ckpt_path={tmp_path / 'last.ckpt'}"
+    again = [*stage2_args(trained), "--trainer.max_steps=2", path]
+    fit("fvar.yaml", image_folder, tmp_path, again)
+    told = "labels of the data module are of classes of other names"
+    assert not [w for w in recwarn if told in str(w.message)]
+    others = [
+        f"--data.source={tmp_path / 'images'}",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.logger=false",
+    ]
+    with pytest.warns(UserWarning, match=f"2 {told}.* 0 was 'blue', and is 'ape'"):
+        main(["validate", f"--config={CONF / 'fvar.yaml'}", *others, *stage2_args(trained), path])
+
+
+def test_the_data_names_the_classes_whose_number_is_given(
+    tmp_path: Path, image_folder: Path, trained: dict[str, Path]
+) -> None:
+    fit("fvar.yaml", image_folder, tmp_path, [*stage2_args(trained), "--model.num_classes=2", "--trainer.max_steps=1"])
+    assert FVARTask.load_from_checkpoint(tmp_path / "last.ckpt").class_names == ["blue", "red"]
 
 
 def test_accumulated_batches_draw_each_their_own_and_count_as_one_step(

@@ -226,6 +226,23 @@ def test_two_caches_must_be_of_the_same_tokens(tmp_path: Path) -> None:
         TokenDataModule(str(tmp_path / "train"), str(tmp_path / "val"))
 
 
+def test_deviations_measured_in_other_batches_are_the_same_tokens(tmp_path: Path) -> None:
+    """Also where a cache is gone on with; others are not."""
+    metas = {
+        name: dataclasses.replace(META, alias_deviations=[0.058139286 * factor] * len(META.lengths))
+        for name, factor in (("train", 1.0), ("val", 1 + 1e-7), ("other", 1.1))
+    }
+    for name, meta in metas.items():
+        write_cache(tmp_path / name, meta=meta)
+    TokenDataModule(str(tmp_path / "train"), str(tmp_path / "val"))
+    cache = TokenCache.open(tmp_path / "train")
+    dataclasses.replace(cache, tokens=metas["val"]).claim()
+    with pytest.raises(ValueError, match=r"val_path .* does not match .* alias_deviations"):
+        TokenDataModule(str(tmp_path / "train"), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"holds a token cache of tokens\.alias_deviations"):
+        dataclasses.replace(cache, tokens=metas["other"]).claim()
+
+
 def test_tokens_that_are_refused() -> None:
     structure, alias, labels = random_tokens(2)
 

@@ -266,6 +266,25 @@ def test_a_folder_of_another_checkpoint_is_refused(whole: Path, tokenizers: list
         make_trainer(whole.parent, [writer], logger=False).predict(task, make_data(image_folder, batch_size=3))
 
 
+def test_a_folder_without_images_is_anybodys(tmp_path: Path) -> None:
+    """Of a run that was refused at its first image, say."""
+    folder = SampleFolder(tmp_path, ["blue"])
+    for strength in (-1.0, 3.0):
+        folder.claim({"guidance": strength}, {})
+    folder.write(torch.zeros(3, 4, 4), Sample(0, 0))
+    with pytest.raises(ValueError, match=r"guidance 3.0 instead of 4.0"):
+        folder.claim({"guidance": 4.0}, {})
+
+
+def test_a_task_keeps_its_own_sampling(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    task, writer = make_task(tokenizers), SampleWriter(str(tmp_path / "samples"), sampling={"top_k": 1})
+    before = dict(task.sampling)
+    make_trainer(tmp_path, [writer], logger=False).predict(task, make_data(image_folder, batch_size=3))
+    settings = json.loads((tmp_path / "samples" / "samples.json").read_text())["settings"]
+    assert settings["sampling"] == before | {"top_k": 1}
+    assert task.sampling == before
+
+
 def test_pictures_of_unknown_origin_are_refused(tokenizers: list[str], image_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "samples" / "0000_blue" / "000000.png"
     path.parent.mkdir(parents=True)

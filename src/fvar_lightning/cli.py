@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pydoc import locate
 
 import torch
 from lightning import LightningDataModule, LightningModule
@@ -85,6 +86,8 @@ class FVARCommandLine(LightningCLI):
         command = str(self.subcommand)
         if self.ckpt_path is not None and not Path(self.ckpt_path).exists() and not KEYWORD.match(self.ckpt_path):
             self.parser.error(f"ckpt_path {self.ckpt_path!r} does not exist")
+        if self.ckpt_path is None and command != "fit" and self._untrained(command):
+            self.parser.error(f"ckpt_path must be given for {command}, got none: the weights would be random")
         if self.ckpt_path is not None and Path(self.ckpt_path).exists():
             self._add_hyper_parameters(command, self.ckpt_path)
             stored = dict(self.config.items())
@@ -97,6 +100,13 @@ class FVARCommandLine(LightningCLI):
                     )
         self.config[command]["ckpt_path"] = self.ckpt_path
 
+    def _untrained(self, command: str) -> bool:
+        """Whether nothing but a checkpoint could bring the weights that are asked for: initial weights are trained, and
+        tokens are the tokenizers' alone."""
+        model, data = (self.config[command][part].get("init_args", {}) for part in ("model", "data"))
+        tokens = command == "predict" and data.get("predict") == "tokens"
+        return not tokens and model.get("initial_weights") is None
+
     def _add_hyper_parameters(self, command: str, ckpt_path: str) -> None:
         sharding = "ModelParallelStrategy" in str(self.config[command]["trainer"]["strategy"])
         file = Path(ckpt_path, SHARDED_PLAIN) if sharding and Path(ckpt_path).is_dir() else ckpt_path
@@ -104,8 +114,11 @@ class FVARCommandLine(LightningCLI):
             found = read_checkpoint(file).get("hyper_parameters", {})
         except ValueError as error:
             self.parser.error(str(error))
+        configured = self.config[command]["model"]["class_path"]
         # a run of Trainer in Python keeps no class; names with an underscore are Lightning's own
-        kind = found.get("_class_path") or self.config[command]["model"]["class_path"]
+        kind = found.get("_class_path") or configured
+        if not related(kind, configured):
+            self.parser.error(f"ckpt_path {str(ckpt_path)!r} is of {kind}, model is {configured}")
         arguments = {name: value for name, value in found.items() if not name.startswith("_")}
         self.config = self.parser.parse_object(
             {command: {"model": {"class_path": kind, "init_args": arguments}}}, self.config
@@ -139,6 +152,14 @@ def link_views(parser: LightningArgumentParser) -> None:
     for leaf in ("patch_nums", "patch_size", "focus_states", "max_radius", "schedule"):
         parser.link_arguments(f"data.init_args.schedule.{leaf}", f"model.init_args.schedule.{leaf}")
     parser.link_arguments("data.init_args.psf", "model.init_args.psf")
+
+
+def related(one: str, other: str) -> bool:
+    """Whether one of two classes is the other or a subclass of it."""
+    a, b = locate(one), locate(other)
+    if not isinstance(a, type) or not isinstance(b, type):
+        return one == other
+    return issubclass(a, b) or issubclass(b, a)
 
 
 def brief(value: object) -> str:

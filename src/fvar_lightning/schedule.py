@@ -146,12 +146,6 @@ class FocusSchedule:
         return tuple(self.state_radii[k] for k in self.states)
 
     @property
-    def sharp_scales(self) -> int:
-        """How many of the last scales are not blurred, and so have an alias residual of zeros: one, if any is
-        blurred."""
-        return sum(radius == 0 for radius in self.radii)
-
-    @property
     def alias_free(self) -> tuple[bool, ...]:
         """Whether the disk of every scale has its first spectral zero at or below the scale's Nyquist limit."""
         pairs = zip(self.radii, self.factors, strict=True)

@@ -2,6 +2,7 @@
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 class DeviceWeightAveraging(EMAWeightAveraging):
@@ -15,7 +16,8 @@ class DeviceWeightAveraging(EMAWeightAveraging):
 
     Args:
         decay: what is kept of the average in a step; it reaches back 1 / (1 - decay) steps.
-        update_starting_at_step: optimiser steps before the average begins.
+        update_starting_at_step: optimiser steps before the average begins; until then validations, and the end of a
+            shorter run, are of the weights as they are.
     """
 
     def __init__(self, decay: float = 0.9999, update_starting_at_step: int = 0) -> None:
@@ -27,7 +29,35 @@ class DeviceWeightAveraging(EMAWeightAveraging):
         return EMAWeightAveraging.__qualname__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Move the model, as the strategy will, and copy it there."""
+        """Move the model, as the strategy will, and copy it there.
+
+        Raises:
+            ValueError: if the strategy shards the weights, of which there is then no whole copy.
+        """
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "trainer.strategy must not be ModelParallelStrategy: DeviceWeightAveraging averages no sharded weights"
+            )
         if stage == "fit":
             pl_module.to(trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is an average yet: until then its place is held by the weights that training began with."""
+        return self._average_model is not None and bool(self._average_model.n_averaged)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average in place, if there is one yet."""
+        if self.begun:
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take it away again."""
+        if self.begun:
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the average in the task, if there is one."""
+        if self.begun:
+            super().on_train_end(trainer, pl_module)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fvar_lightning.schedule import VAR_PATCH_NUMS
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.training import prefix
 from fvar_lightning.weights.averages import Weights, has_averages, state_of
 from fvar_lightning.weights.identity import file_sha256, weights_sha256
 from fvar_lightning.weights.pretrained import check_sampling
@@ -167,8 +168,8 @@ class StudentEvaluation(Callback):
             self._generate(trainer, pl_module)
         with isolate_rng(include_cuda=False):
             values = self.figures(trainer, pl_module)
-        prefix = "test" if trainer.testing else "val"
-        pl_module.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True, batch_size=1)
+        part = prefix(trainer)
+        pl_module.log_dict({f"{part}/{name}": value for name, value in values.items()}, sync_dist=True, batch_size=1)
         self.finished = True
 
     on_test_start = on_validation_start

@@ -82,9 +82,10 @@ class GenerationMetrics(StudentEvaluation):
         """Refuse data without real images, unless there is a reference, which is read; make the extractor."""
         if self.reference is None:
             real_images(trainer, self.real)
+        self.real_name = self.real_statistics = None  # of an earlier run, with other images
         if self.extractor is None:
             self.extractor = self.make_extractor()
-        if self.reference is not None and self.real_name is None:
+        if self.reference is not None:
             size = task.vae.schedule.image_size
             self.real_statistics = load_reference(self.reference, self.extractor, size)
 

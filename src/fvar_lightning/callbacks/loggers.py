@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
 from fvar_lightning.atomic import replacing
+from fvar_lightning.tasks.training import prefix
 
 
 def log_picture(logger: Logger, name: str, image: Image.Image, step: int) -> None:
@@ -38,11 +39,11 @@ def log_picture(logger: Logger, name: str, image: Image.Image, step: int) -> Non
 
 def log_pictures(trainer: Trainer, pictures: dict[str, Image.Image]) -> None:
     """Into all loggers of a run, at its step, under ``val/`` or ``test/``; ranks other than 0 do nothing."""
-    prefix = "test" if trainer.testing else "val"
+    part = prefix(trainer)
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             for name, image in pictures.items():
-                log_picture(logger, f"{prefix}/{name}", image, trainer.global_step)
+                log_picture(logger, f"{part}/{name}", image, trainer.global_step)
 
 
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -16,6 +16,7 @@ from fvar_lightning.optics.refocus import Views
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.stage1 import Stage1Task
 from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tasks.training import prefix
 
 
 class SamplePictures(StudentEvaluation):
@@ -103,9 +104,8 @@ class TokenizerPictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the usage that was logged."""
-        prefix = "val/usage/"
-        logged = trainer.callback_metrics
-        usage = {name.removeprefix(prefix): float(logged[name]) for name in logged if name.startswith(prefix)}
+        part, logged = f"{prefix(trainer)}/usage/", trainer.callback_metrics
+        usage = {name.removeprefix(part): float(logged[name]) for name in logged if name.startswith(part)}
         if usage and not trainer.sanity_checking:
             log_pictures(trainer, {"usage": bar_chart(usage, "Code usage: perplexity / min(codes, tokens seen)")})
 

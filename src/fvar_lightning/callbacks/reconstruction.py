@@ -22,6 +22,7 @@ from fvar_lightning.metrics.generation import frechet_distance
 from fvar_lightning.metrics.spectra import GridArtifact, RadialSpectrumDistance
 from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics
 from fvar_lightning.tasks.tokenizer import TokenizerTask
+from fvar_lightning.tasks.training import prefix
 from fvar_lightning.tokenizer.lpips import LPIPSNetwork, load_lpips, lpips_file
 
 LPIPS_SIZE = 64
@@ -127,8 +128,8 @@ class ReconstructionMetrics(Callback):
             if name == "reconstructed" or self.originals is None:
                 self.metrics[name].update(self.extractor(to_uint8(images)).features)
         if is_last_batch(trainer, batch_idx, dataloader_idx):
-            prefix = "test" if trainer.testing else "val"
-            values = {f"{prefix}/{name}": value for name, value in self._figures(trainer).items()}
+            part = prefix(trainer)
+            values = {f"{part}/{name}": value for name, value in self._figures(trainer).items()}
             pl_module.log_dict(values, sync_dist=True, batch_size=1)
 
     def _figures(self, trainer: Trainer) -> dict[str, float]:

@@ -55,7 +55,7 @@ class SampleFolder:
         return self.root / self.class_folders[sample.label] / f"{sample.seed:06d}.png"
 
     def claim(self, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Note the settings in an empty folder, or make sure that the images in it were made with the same.
+        """Note the settings in a folder without images, or make sure that the images in it were made with the same.
 
         Args:
             settings: decide what an image looks like, or which there are.
@@ -66,7 +66,9 @@ class SampleFolder:
         """
         note = self.root / "samples.json"
         wanted = json.loads(json.dumps(settings))
-        if note.is_file():
+        if not self.npz.exists() and next(self.root.glob("*/*.png"), None) is None:
+            write_json(note, {"settings": wanted, **about})
+        elif note.is_file():
             try:
                 found = json.loads(note.read_text())["settings"]
             except (ValueError, KeyError, TypeError) as error:
@@ -75,13 +77,11 @@ class SampleFolder:
                 raise ValueError(
                     f"folder {str(self.root)!r} holds images made with {differing}: give another folder, or remove it"
                 )
-        elif self.npz.exists() or next(self.root.glob("*/*.png"), None) is not None:
+        else:
             raise ValueError(
                 f"folder {str(self.root)!r} holds images, but no samples.json that tells how they were made: "
                 "give another folder, or remove it"
             )
-        else:
-            write_json(note, {"settings": wanted, **about})
         for left_over in (*self.root.glob("*.partial"), *self.root.glob("*/*.partial")):
             left_over.unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from fvar_lightning.callbacks.loggers import log_pictures
 from fvar_lightning.data.batches import TokenBatch
 from fvar_lightning.metrics.pictures import line_chart
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.tasks.training import prefix
 from fvar_lightning.transformer.losses import token_cross_entropy
 from fvar_lightning.transformer.teacher import HighFrequencyTeacher
 
@@ -85,8 +86,8 @@ class TeacherGap(Callback):
         sums, self.sums = trainer.strategy.reduce(self.sums, reduce_op="sum"), None
         assert isinstance(sums, Tensor)
         rows = gap_rows(sums.cpu(), pl_module.vae.schedule.patch_nums)
-        prefix = "test" if trainer.testing else "val"
-        values = {f"{prefix}/{figure}/{row['scale']}": row[figure] for row in rows for figure in FIGURES}
+        part = prefix(trainer)
+        values = {f"{part}/{figure}/{row['scale']}": row[figure] for row in rows for figure in FIGURES}
         pl_module.log_dict(values, sync_dist=True, batch_size=1)
         log_pictures(trainer, {"teacher_gap": gap_picture(rows[:-1])})
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks

@@ -8,18 +8,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fvar_lightning.callbacks.base import (
-    Weights,
-    check_choice,
-    check_sampling,
-    identify_weights,
-    progress,
-    use_raw_weights,
-)
+from fvar_lightning.callbacks.base import check_choice, identify_weights, progress, use_raw_weights
 from fvar_lightning.callbacks.samples import Sample, SampleFolder
 from fvar_lightning.data.loaders import SharedLoaders
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.averages import Weights
 from fvar_lightning.weights.identity import versions
+from fvar_lightning.weights.pretrained import check_sampling
 
 Output = Literal["png", "npz", "both"]
 
@@ -56,6 +51,7 @@ class SampleWriter(BasePredictionWriter):
         self.output = output
         self.sampling = check_sampling(sampling)
         self.weights = weights
+        self.own_sampling: dict[str, Any] = {}
         self.folder: SampleFolder | None = None
         self.samples: list[Sample] = []
 
@@ -73,9 +69,16 @@ class SampleWriter(BasePredictionWriter):
         if (asked := getattr(data, "predict", "samples")) != "samples":
             raise ValueError(f"predict of the data module must be 'samples' for a SampleWriter, got {asked!r}")
         trainer.predict_loop.return_predictions = False
-        pl_module.sampling |= self.sampling
+        self.own_sampling = pl_module.sampling
+        pl_module.sampling = pl_module.sampling | self.sampling
         # not yet: the checkpoint, which the folder must fit, is loaded later
         data.finished_seeds = lambda: self._finished_seeds(trainer, pl_module, data)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the task its own sampling back."""
+        if stage == "predict":
+            assert isinstance(pl_module, FVARTask)
+            pl_module.sampling = self.own_sampling
 
     def _finished_seeds(self, trainer: Trainer, task: FVARTask, data: SharedLoaders) -> list[int]:
         """Of the images that are there, the same on all ranks."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fvar_lightning.atomic import replacing, write_json
-from fvar_lightning.data.tokens import TokenMeta, disagreements
+from fvar_lightning.data.tokens import TokenMeta, disagreements, with_deviations
 
 FORMAT = 2
 ROWS_PER_SHARD = 32768
@@ -143,7 +143,8 @@ class TokenCache:
                 found = _read_index(self.index)
             except ValueError as error:
                 raise ValueError(f"{error}: {remedy}") from error
-            if differing := disagreements(found, wanted):
+            tokens = with_deviations(found.get("tokens", {}), wanted["tokens"])
+            if differing := disagreements(found | {"tokens": tokens}, wanted):
                 raise ValueError(f"folder {str(self.folder)!r} holds a token cache of {differing}: {remedy}")
         elif any(_FILE.fullmatch(path.name) for path in self.folder.glob("*.npy")):
             raise ValueError(f"folder {str(self.folder)!r} holds shards of tokens, but no index.json: {remedy}")

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from fvar_lightning.data.loaders import SharedLoaders
 from fvar_lightning.data.token_dataset import TokenDataset
-from fvar_lightning.data.tokens import disagreements
+from fvar_lightning.data.tokens import disagreements, with_deviations
 
 
 class TokenDataModule(SharedLoaders):
@@ -40,7 +40,8 @@ class TokenDataModule(SharedLoaders):
         self.train = TokenDataset(path)
         self.val = None if val_path is None else TokenDataset(val_path)
         val = self.train if self.val is None else self.val
-        if differing := disagreements(asdict(val.meta), asdict(self.train.meta)):
+        wanted = asdict(self.train.meta)
+        if differing := disagreements(with_deviations(asdict(val.meta), wanted), wanted):
             raise ValueError(f"val_path {val_path!r} does not match path {path!r}: it holds tokens of {differing}")
 
     @property

@@ -58,7 +58,7 @@ class TokenMeta:
     class_names: list[str]
     structure: TokenizerIdentity
     alias: TokenizerIdentity | None = None
-    alias_deviations: list[float] | None = field(default=None, compare=False)  # of any precision
+    alias_deviations: list[float] | None = field(default=None, compare=False)  # see `with_deviations`
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "TokenMeta":
@@ -98,6 +98,14 @@ class TokenMeta:
             _check(part, tokens, rows[part].shape)
             rows[part] = tokens.numpy()
         return rows
+
+
+def with_deviations(meta: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain `TokenMeta` with another's deviations of the residuals, where its own are the same but for rounding
+    (bf16's at most): they depend on how many images were measured together, and in which precision."""
+    own, theirs = meta.get("alias_deviations"), other.get("alias_deviations")
+    alike = own and theirs and len(own) == len(theirs) and np.allclose(own, theirs, rtol=1e-2)
+    return meta | {"alias_deviations": theirs} if alike else meta
 
 
 def _check(part: str, tokens: Tensor, shape: tuple[int, ...]) -> None:

@@ -6,7 +6,9 @@ With strength t logits are (1 + t) conditional - t unconditional: 0 is no guidan
 
 def ramp(strength: float, num_scales: int) -> list[float]:
     """From 0 at the first scale, evenly, to `strength` at the last: VAR's, and what a plain number means."""
-    return [strength * s / max(num_scales - 1, 1) for s in range(num_scales)]
+    if num_scales == 1:
+        return [float(strength)]
+    return [strength * s / (num_scales - 1) for s in range(num_scales)]
 
 
 def constant(strength: float, num_scales: int) -> list[float]:

@@ -40,14 +40,26 @@ def guidance_scales(guidance: float | Sequence[float], num_scales: int) -> list[
     Raises:
         ValueError: for a negative or infinite strength, or a sequence that has not S entries.
     """
+    strengths = check_guidance(guidance)
+    if isinstance(guidance, int | float):
+        return ramp(guidance, num_scales)
+    if len(strengths) != num_scales:
+        raise ValueError(f"guidance must hold one strength for each of the {num_scales} scales, got {guidance!r}")
+    return strengths
+
+
+def check_guidance(guidance: float | Sequence[float]) -> list[float]:
+    """The strengths: one, or one for each of as many scales as there may be.
+
+    Raises:
+        ValueError: for what is no number, negative or infinite.
+    """
     try:
-        strengths = ramp(guidance, num_scales) if isinstance(guidance, int | float) else [float(t) for t in guidance]
+        strengths = [float(t) for t in ([guidance] if isinstance(guidance, int | float) else guidance)]
     except (TypeError, ValueError):
         strengths = []
-    if len(strengths) != num_scales or not all(0 <= t < float("inf") for t in strengths):
-        raise ValueError(
-            f"guidance must be a finite number from 0, or one for each of the {num_scales} scales, got {guidance!r}"
-        )
+    if not strengths or not all(0 <= t < float("inf") for t in strengths):
+        raise ValueError(f"guidance must be a finite number from 0, or one for each of the scales, got {guidance!r}")
     return strengths
 
 

@@ -96,6 +96,12 @@ class Refocus(nn.Module):
         # Not buffers: half-precision modules would round them, and they must follow the images, not the module
         self._transfer_on: dict[tuple[torch.device, torch.dtype], list[Tensor | None]] = {}
 
+    @property
+    def sharp_scales(self) -> int:
+        """How many scales, the last ones, are not blurred: their alias residual is zero. A disk within a pixel blurs
+        nothing either."""
+        return sum(self._transfer[state] is None for state in self.schedule.states)
+
     def forward(self, images: Tensor) -> Views:
         """The views of images (B, C, H, W) in [-1, 1], H = W = the schedule's image size.
 

@@ -7,9 +7,10 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.metrics.tokenizer import SignalToNoise
+from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
-from fvar_lightning.tasks.training import compile_each
+from fvar_lightning.tasks.training import compile_each, prefix
 from fvar_lightning.tokenizer.alias import AliasTokenizer
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
 
@@ -61,9 +62,10 @@ class AliasTokenizerTask(Stage1Task):
         compile: bool = False,
     ) -> None:
         schedule = FocusSchedule.of(schedule)
-        if schedule.num_scales < 2:
+        blurred = schedule.num_scales - Refocus(schedule, psf).sharp_scales
+        if not blurred:
             raise ValueError(
-                f"patch_nums must name two scales or more, as the last has no residual, got {schedule.patch_nums}"
+                f"schedule must have radii at which psf {psf!r} blurs, got {schedule.radii}: there is no alias residual"
             )
         tokenizer = AliasTokenizer(
             schedule,
@@ -78,7 +80,7 @@ class AliasTokenizerTask(Stage1Task):
         )
         super().__init__(
             tokenizer,
-            schedule.num_scales - 1,  # the last scale is sharp and has no residual
+            blurred,
             l1_weight=l1_weight,
             l2_weight=l2_weight,
             vq_weight=vq_weight,
@@ -94,7 +96,7 @@ class AliasTokenizerTask(Stage1Task):
             compile_each([tokenizer.encoder, tokenizer.decoder], dynamic=True)  # one size a scale
 
     def run(self, batch: ImageBatch, generator: torch.Generator | None) -> Reconstruction:
-        """The residuals of all scales but the last."""
+        """The residuals of all scales that are blurred; the others have none."""
         return self.tokenizer(batch.views.alias[: self.scales])
 
     def judge(self, passed: Reconstruction) -> None:
@@ -102,6 +104,6 @@ class AliasTokenizerTask(Stage1Task):
         self.snr.update(passed.decoded, passed.targets)
 
     def log_figures(self) -> None:
-        """Log ``val/snr/*`` per scale, in dB."""
+        """Log ``val/snr/*`` per scale, in dB (``test/snr/*`` in a test)."""
         pairs = zip(self.schedule.patch_nums, self.snr.compute(), strict=False)
-        self.log_dict({f"val/snr/{n}x{n}": x for n, x in pairs})
+        self.log_dict({f"{prefix(self.trainer)}/snr/{n}x{n}": x for n, x in pairs})

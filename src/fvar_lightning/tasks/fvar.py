@@ -15,9 +15,11 @@ from fvar_lightning.tasks.stage2 import Stage2Task
 from fvar_lightning.tasks.training import (
     WarmupLinear,
     batch_generator,
+    check_loss_weights,
     check_lr_plan,
     check_seed,
     parameter_groups,
+    prefix,
     ramp,
     training_steps,
 )
@@ -161,9 +163,7 @@ class FVARTask(Stage2Task):
             "feature_weight": feature_weight,
             "logit_weight": logit_weight,
         }
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"{name} must not be negative, got {weight}")
+        check_loss_weights(weights)
         if teacher_loss_weight == 0 and (feature_weight or logit_weight):
             raise ValueError(
                 "teacher_loss_weight 0 leaves the teacher untrained: "
@@ -252,8 +252,8 @@ class FVARTask(Stage2Task):
         """Log every term as ``val/*``; the loss with the distillation at its full weights, at every step of a run."""
         terms = self.losses(self.tokens(batch))
         for name, value in terms.items():
-            batch_size = len(batch.labels)
-            self.log(f"val/{name}", value, sync_dist=True, prog_bar=name == "loss", batch_size=batch_size)
+            name, size = f"{prefix(self.trainer)}/{name}", len(batch.labels)
+            self.log(name, value, sync_dist=True, prog_bar=name.endswith("/loss"), batch_size=size)
 
     test_step = validation_step
 

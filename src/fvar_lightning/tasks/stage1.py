@@ -11,23 +11,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from fvar_lightning.data.batches import ImageBatch
+from fvar_lightning.data.batches import ImageBatch, in_precision
 from fvar_lightning.metrics.tokenizer import CodebookUsage
 from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.training import (
     WarmupLinear,
     batch_generator,
+    check_loss_weights,
     check_lr_plan,
     check_seed,
     check_views,
     parameter_groups,
+    prefix,
     training_steps,
     use_right_weights,
 )
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.losses import pixel_loss
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
-from fvar_lightning.weights.describe import describe
+from fvar_lightning.weights.describe import describe, differences
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -65,6 +67,7 @@ class Stage1Task(FiniteTask):
         super().__init__()
         check_lr_plan(lr_warmup, lr_final)
         check_seed(seed)
+        check_loss_weights({"l1_weight": l1_weight, "l2_weight": l2_weight, "vq_weight": vq_weight})
         self.schedule = tokenizer.schedule
         # on a CPU 1.06 to 1.13 times as fast as contiguous maps in float32 (docs/speed.md); on a GPU, where its makers
         # recommend it for convolutions but a GroupNorm returns contiguous maps, not measured
@@ -114,7 +117,15 @@ class Stage1Task(FiniteTask):
         checkpoint["tokenizer"] = describe(self.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Of averaged and last weights, load what the run is to use."""
+        """Refuse the checkpoint of a tokenizer of other views; of averaged and last weights, load what the run is to
+        use.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        own = {name: x for name, x in describe(self.tokenizer).items() if name in ("schedule", "psf")}
+        if differing := differences(checkpoint.get("tokenizer", own), own):
+            raise ValueError(f"the checkpoint is of a tokenizer of other views: {differing}")
         use_right_weights(self._trainer, checkpoint)
 
     def on_train_start(self) -> None:
@@ -141,7 +152,7 @@ class Stage1Task(FiniteTask):
 
     def losses(self, batch: ImageBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """All terms of a training step, and their weighted sum as ``loss``."""
-        passed = self.run(batch, generator)
+        passed = self.run(in_precision(batch, next(self.tokenizer.parameters()).dtype), generator)
         loss, pixel = self._loss(passed)
         terms = {"pixel": pixel, "vq": passed.loss}
         return {"loss": self.further_losses(passed, loss, terms), **terms}
@@ -156,10 +167,11 @@ class Stage1Task(FiniteTask):
         return pixel + self.vq_weight * passed.loss, pixel
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
-        """Accumulate ``val/loss``, the task's figures and code usage; hands callbacks what was ``decoded``."""
-        passed = self.run(batch, None)
+        """Accumulate ``val/loss`` (``test/loss`` in a test, and so on), the task's figures and code usage; hands
+        callbacks what was ``decoded``."""
+        passed = self.run(in_precision(batch, next(self.tokenizer.parameters()).dtype), None)
         loss, _ = self._loss(passed)
-        self.log("val/loss", loss, sync_dist=True, batch_size=len(batch.images))
+        self.log(f"{prefix(self.trainer)}/loss", loss, sync_dist=True, batch_size=len(batch.images))
         self.usage.update(passed.indices)
         self.judge(passed)
         return {"decoded": passed.decoded}
@@ -168,8 +180,9 @@ class Stage1Task(FiniteTask):
         """Log ``val/usage/*`` and the task's figures."""
         usage = self.usage.compute()
         sides = self.schedule.patch_nums[: self.scales]
-        self.log_dict({f"val/usage/{n}x{n}": u for n, u in zip(sides, usage[:-1], strict=True)})
-        self.log("val/usage/all", usage[-1], prog_bar=True)
+        name = f"{prefix(self.trainer)}/usage"
+        self.log_dict({f"{name}/{n}x{n}": u for n, u in zip(sides, usage[:-1], strict=True)})
+        self.log(f"{name}/all", usage[-1], prog_bar=True)
         self.log_figures()
         with torch.inference_mode(False):  # Lightning validates in it, and a later fit could not add to what it leaves
             for metric in self.children():

@@ -6,13 +6,17 @@ Legend: B batch, S scales.
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from fvar_lightning.data.batches import ImageBatch, SampleBatch, TokenBatch, in_precision
 from fvar_lightning.data.token_module import TokenDataModule
 from fvar_lightning.data.tokens import TokenMeta
 from fvar_lightning.generation.sampling import generate, generate_stages
+from fvar_lightning.optics.psf import check_psf
+from fvar_lightning.optics.refocus import Refocus
 from fvar_lightning.precision import no_autocast
 from fvar_lightning.tasks.finite import FiniteTask
 from fvar_lightning.tasks.frozen import Source, at_data_schedule, frozen_tokenizers
@@ -101,10 +105,16 @@ class Stage2Task(FiniteTask):
             load_initial_weights(student, self.initial_weights)
         teacher = None
         if self.teacher_loss_weight > 0:
+            optics = Refocus(self.vae.schedule, check_psf(self.alias_source.psf))
+            if optics.sharp_scales == self.vae.schedule.num_scales:
+                raise ValueError(
+                    f"teacher_loss_weight must be 0 where psf {self.alias_source.psf!r} and focus_states "
+                    f"{self.vae.schedule.focus_states} blur no view, got {self.teacher_loss_weight}: there is no alias"
+                )
             teacher = HighFrequencyTeacher(
                 student,
                 alias_channels=self.alias_source.z_channels,
-                sharp_scales=0 if self.hparams["sharp_alias"] else self.vae.schedule.sharp_scales,
+                sharp_scales=0 if self.hparams["sharp_alias"] else optics.sharp_scales,
                 **options("alias_blocks", "alias_scales", "alias_context", "trunk"),
             )
         if self.compile_blocks:
@@ -148,6 +158,12 @@ class Stage2Task(FiniteTask):
         self.hparams["num_classes"] = len(names)
         self.hparams["class_names"] = self.hparams["class_names"] or list(names)
 
+    @staticmethod
+    def _generates(trainer: Trainer) -> bool:
+        """Whether it is to make images, which needs none, and so nobody to list them."""
+        data = getattr(trainer, "datamodule", None)
+        return trainer.predicting and getattr(data, "predict", "samples") == "samples"
+
     def _check_names(self, num_classes: int) -> None:
         """Refuse names of another number of classes.
 
@@ -167,11 +183,14 @@ class Stage2Task(FiniteTask):
                 "trainer.strategy must be ModelParallelStrategy (FSDP2) to shard the networks, see "
                 "configs/trainer/fsdp2_bf16.yaml, got FSDPStrategy"
             )
+        if self._generates(self.trainer):
+            return
         data = getattr(self.trainer, "datamodule", None)
-        # images to generate need no images, and so nobody to list them
-        asks_for_samples = stage == "predict" and getattr(data, "predict", "samples") == "samples"
-        if not asks_for_samples and (classes := getattr(data, "num_classes", None)) not in (None, self.num_classes):
+        if (classes := getattr(data, "num_classes", None)) not in (None, self.num_classes):
             raise ValueError(f"num_classes must be the data module's {classes}, got {self.num_classes}")
+        self.hparams["class_names"] = self.hparams["class_names"] or getattr(data, "class_names", None)
+        if str(self.trainer.precision) == "16-true":
+            raise ValueError("precision must not be 16-true, in which losses overflow: 16-mixed or bf16-mixed")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how to build the deployed networks, so that `fvar export` can without the tokenizer files; and which
@@ -179,12 +198,14 @@ class Stage2Task(FiniteTask):
         super().on_save_checkpoint(checkpoint)
         checkpoint["networks"] = {"student": describe(self.student), "vae": describe(self.vae)}
         checkpoint["tokenizers_sha256"] = self.tokenizers_sha256
+        checkpoint["data_class_names"] = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         # averaging what never changes moves it by rounding errors, which add up over a run
         frozen = {n: x for n, x in state_of(checkpoint, "raw").items() if n.startswith(("vae.", "alias_tokenizer."))}
         checkpoint["state_dict"].update(frozen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another student; of averaged and last weights, load what the run is to use.
+        """Refuse the checkpoint of another student, warn of one whose labels meant other classes; of averaged and last
+        weights, load what the run is to use.
 
         Raises:
             ValueError: naming the sizes that differ.
@@ -193,7 +214,21 @@ class Stage2Task(FiniteTask):
         if differing := differences(checkpoint.get("networks", {}).get("student", {}), sizes):
             raise ValueError(f"the checkpoint is of another student: {differing}")
         self.tokenizers_sha256 = checkpoint.get("tokenizers_sha256", {})
+        self._compare_names(checkpoint.get("data_class_names"))
         use_right_weights(self._trainer, checkpoint)
+
+    def _compare_names(self, trained: list[str] | None) -> None:
+        """Warn where a label stood for a class of another name when the checkpoint was trained."""
+        if trained is None or self._trainer is None or self._generates(self._trainer):
+            return
+        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None) or trained
+        changed = [i for i, (a, b) in enumerate(zip(trained, names, strict=False)) if a != b]
+        if changed:
+            first = changed[0]
+            rank_zero_warn(
+                f"{len(changed)} labels of the data module are of classes of other names than when this checkpoint was "
+                f"trained: {first} was {trained[first]!r}, and is {names[first]!r}"
+            )
 
     def _check_tokens(self) -> None:
         """Refuse tokenizers without weights, and a cache of another's tokens: once weights are loaded.

@@ -13,7 +13,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
-from fvar_lightning.tasks.training import compile_each
+from fvar_lightning.tasks.training import check_loss_weights, compile_each, prefix
 from fvar_lightning.tokenizer.losses import (
     TEXTURE_WINDOW,
     Discriminator,
@@ -39,10 +39,10 @@ class TokenizerTask(Stage1Task):
         targets: what a token map stands for, see `VQVAE`.
         vocab_size: codes in the codebook.
         z_channels: channels of a code.
-        ch: channels of encoder and decoder at full resolution; a multiple of norm_groups.
+        ch: channels of encoder and decoder at full resolution.
         ch_mult: channels at every resolution over `ch`, full size first; each but the last halves the side.
         num_res_blocks: residual blocks of the encoder at every resolution; the decoder has one more.
-        norm_groups: groups of the group normalisation.
+        norm_groups: groups of the group normalisation; where they do not divide a layer's channels, as many as do.
         decay: of the moving averages that the codes are, over steps.
         warmup_steps: first steps, without quantiser; the codes are set after them.
         revive_after: steps without use after which a code is replaced by a vector of the current one.
@@ -117,6 +117,10 @@ class TokenizerTask(Stage1Task):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        check_loss_weights({
+            "perceptual_weight": perceptual_weight, "texture_weight": texture_weight,
+            "adversarial_weight": adversarial_weight,
+        })  # fmt: skip
         if not 0 <= scale_dropout < 1:
             raise ValueError(f"scale_dropout must lie in [0, 1), got {scale_dropout}")
         if not 0 <= adversarial_start <= 1:
@@ -126,7 +130,7 @@ class TokenizerTask(Stage1Task):
                 f"texture_weight must be 0 for images below {TEXTURE_WINDOW} px, got {texture_weight} for images of "
                 f"{schedule.image_size} px"
             )
-        if len(noise) != 2 or min(noise) < 0:
+        if len(noise) != 2 or not all(deviation >= 0 for deviation in noise):
             raise ValueError(f"noise must be two standard deviations from 0, got {noise}")
         tokenizer = VQVAE(
             schedule,
@@ -249,8 +253,8 @@ class TokenizerTask(Stage1Task):
         self.psnr.update(passed.decoded[0].clamp(-1, 1), passed.targets[0])
 
     def log_figures(self) -> None:
-        """Log ``val/psnr``, in dB."""
-        self.log("val/psnr", self.psnr.compute(), prog_bar=True)
+        """Log ``val/psnr``, in dB (``test/psnr`` in a test)."""
+        self.log(f"{prefix(self.trainer)}/psnr", self.psnr.compute(), prog_bar=True)
 
     @torch.no_grad()
     def reconstruct(self, batch: ImageBatch) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """What both tasks share: reproducible randomness, parameter groups and the learning rate over time."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,11 @@ from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.weights.averages import holds_both, state_of
 
 
+def prefix(trainer: Trainer) -> str:
+    """Under which figures are logged: ``test`` in a test, ``val`` otherwise."""
+    return "test" if trainer.testing else "val"
+
+
 def batch_generator(device: torch.device, *key: int) -> torch.Generator:
     """A generator that depends on the key alone (seed, epoch, batch, rank, ...): a resumed run draws what an
     undisturbed one would."""
@@ -27,6 +32,17 @@ def check_seed(seed: int) -> None:
     """Refuse a seed that `batch_generator` cannot take."""
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+
+
+def check_loss_weights(weights: Mapping[str, float]) -> None:
+    """Refuse a negative weight of a loss.
+
+    Raises:
+        ValueError: naming it and its value.
+    """
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name} must not be negative, got {weight}")
 
 
 def check_views(task: LightningModule, schedule: FocusSchedule, psf: str | None) -> None:
@@ -111,7 +127,7 @@ def check_lr_plan(lr_warmup: float, lr_final: float, lr_hold: float = 0.0) -> No
     for name, part in (("lr_warmup", lr_warmup), ("lr_hold", lr_hold)):
         if not 0 <= part <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {part} (a part of the run)")
-    if lr_final < 0:
+    if not lr_final >= 0:
         raise ValueError(f"lr_final must not be negative, got {lr_final}")
 
 
@@ -153,16 +169,23 @@ class WarmupLinear(LambdaLR):
         super().__init__(optimizer, factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take from a checkpoint how far the run has come; where it goes is this run's own."""
-        own = ("last_step", "weight_decay_final", "weight_decays")
+        """Take from a checkpoint how far the run has come; peak, curve and decay are this run's own."""
+        own = ("base_lrs", "last_step", "weight_decay_final", "weight_decays")
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in own})
+        rates = [peak * factor(self.last_epoch) for peak, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, peak, rate in zip(self.optimizer.param_groups, self.base_lrs, rates, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
+        self._last_lr = rates
+        self._decay()
 
     def step(self, epoch: int | None = None) -> None:
         """Go on by a step."""
         super().step(epoch)
-        if self.weight_decay_final is None:
-            return
+        self._decay()
+
+    def _decay(self) -> None:
         passed = (1 - math.cos(math.pi * min(self.last_epoch / self.last_step, 1))) / 2
-        for group, decay in zip(self.optimizer.param_groups, self.weight_decays, strict=True):
-            if decay > 0:
-                group["weight_decay"] = decay + passed * (self.weight_decay_final - decay)
+        for group, first in zip(self.optimizer.param_groups, self.weight_decays, strict=True):
+            last = first if self.weight_decay_final is None else self.weight_decay_final
+            if first > 0:
+                group["weight_decay"] = first + passed * (last - first)

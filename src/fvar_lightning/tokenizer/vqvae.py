@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fvar_lightning.optics.psf import check_psf
 from fvar_lightning.optics.refocus import Refocus, Views
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tokenizer.autoencoder import VAR_CH_MULT, Decoder, Encoder
+from fvar_lightning.tokenizer.autoencoder import VAR_CH_MULT, Decoder, Encoder, check_sizes
 from fvar_lightning.tokenizer.codebook import Codebook, exact
 from fvar_lightning.tokenizer.quantizer import MultiScaleQuantizer, Quantized
 
@@ -45,15 +45,16 @@ class VQVAE(nn.Module):
         ch: base width of the autoencoder.
         ch_mult: width of each resolution as a multiple of `ch`; its length sets the down-sampling factor.
         num_res_blocks: residual blocks per resolution.
-        norm_groups: groups of the GroupNorms (official: 32).
+        norm_groups: groups of the GroupNorms (official: 32); where they do not divide a layer's channels, as many as
+            do.
         num_phi: phi convolutions shared among the scales, see `MultiScaleQuantizer`.
         sharp_commitment: targets ``view`` only: weight of the commitment of the sharp image's features to f_hat after
             every scale, which keeps the features of different views together, see `MultiScaleQuantizer`.
         codebook: further arguments of `Codebook` (decay, warmup_steps, revive_after).
 
     Raises:
-        ValueError: if `ch_mult` does not fit the schedule's patch size, `targets` or `psf` is unknown, or
-            `sharp_commitment` is negative or given for other targets.
+        ValueError: if `ch_mult` does not fit the schedule's patch size, `targets` or `psf` is unknown, a size is below
+            1, or `sharp_commitment` is negative or given for other targets.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class VQVAE(nn.Module):
                 "sharp_commitment must not be negative, and is 0 for targets other than 'view', got "
                 f"{sharp_commitment} for {targets!r}"
             )
+        sizes = {"ch": ch, "z_channels": z_channels, "num_res_blocks": num_res_blocks, "norm_groups": norm_groups}
+        check_sizes(sizes)
         self.schedule = schedule
         self.targets = targets
         self.psf = None if targets == "feature" else check_psf(psf)

@@ -29,7 +29,7 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None
         plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        pays = min(self.weight.shape[:2]) >= CHANNELS and x[0].numel() > self.weight.numel()
+        pays = min(self.weight.shape[:2]) >= CHANNELS and x.shape[1:].numel() > self.weight.numel()
         even = x.shape[2] % 2 == x.shape[3] % 2 == 0
         fits = x.is_cpu and x.dtype == torch.float32 and even and x.is_contiguous(memory_format=torch.channels_last)
         if plain or not (pays and fits):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fvar_lightning.atomic import replacing, write_json
-from fvar_lightning.generation.sampling import check_models, check_truncation
+from fvar_lightning.generation.sampling import check_guidance, check_models, check_truncation
 from fvar_lightning.tokenizer.vqvae import VQVAE
 from fvar_lightning.transformer.var import VAR
 from fvar_lightning.weights.card import CARD, ModelCard, card_text
@@ -160,6 +160,9 @@ def check_sampling(sampling: Mapping[str, Any] | None) -> dict[str, Any]:
     if unknown := sorted(set(options) - set(SAMPLING)):
         raise ValueError(f"sampling may hold {', '.join(SAMPLING)}, got {', '.join(unknown)}")
     check_truncation(options.get("top_k", 0), options.get("top_p", 0.0))
+    check_guidance(options.get("guidance", 0.0))
+    if not isinstance(smooth := options.get("more_smooth", False), bool):
+        raise ValueError(f"more_smooth must be true or false, got {smooth!r}")
     return options
 
 
