@@ -189,6 +189,8 @@ def test_images_in_order_for_token_caches(folder: Path) -> None:
     assert data.cached_images()["crops_per_image"] == 1
     with pytest.raises(ValueError, match="part 'val' holds no images, see val_fraction"):
         module(folder, predict="tokens", part="val", val_fraction=0).predict_dataloader()
+    with pytest.raises(ValueError, match="crops_per_image must be 1 without random_crop and flip, got 2"):
+        module(folder, predict="tokens", crops_per_image=2, random_crop=False, flip=False).predict_dataloader()
 
 
 def test_torchvision_source(tmp_path: Path) -> None:
@@ -210,6 +212,7 @@ def test_photographs_are_the_default() -> None:
     data = ImageDataModule(image_size=16, schedule=SCHEDULE, crops_per_photograph=2, batch_size=8, num_workers=0)
     assert data.num_classes == len(data.class_names) >= 8
     assert [len(part) for part in (data._data.train, data._data.val)] == [2 * data.num_classes, data.num_classes]
+    assert ImageDataModule(image_size=16, schedule=SCHEDULE, val_fraction=0.0).val_dataloader() == []
 
 
 def test_refusals(folder: Path) -> None:

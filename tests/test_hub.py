@@ -82,6 +82,8 @@ def test_a_repository_of_ours(hub: Hub, tmp_path: Path) -> None:
     save_pretrained(tmp_path / "model", tiny_var(), tiny_vae(), class_names=NAMES, sampling=SAMPLING)
     hub.repositories["someone/fvar-cats"] = contents(tmp_path / "model")
     var, vae, info = from_pretrained("someone/fvar-cats", revision="main")
+    with pytest.raises(ValueError, match=r"revision is of a repository of the hub, and .* is here: got 'main'"):
+        from_pretrained(tmp_path / "model", revision="main")
     assert_same(var, tiny_var())
     assert_same(vae, tiny_vae())
     assert info == (NAMES, SAMPLING)

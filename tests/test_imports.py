@@ -11,7 +11,7 @@ import fvar_lightning
 import fvar_lightning.metrics
 
 PACKAGE = Path(fvar_lightning.__file__).parent
-ROOMS = ("atomic", "activations", "precision", "schedule", "optics", "data", "tokenizer", "transformer",
+ROOMS = ("atomic", "checks", "activations", "precision", "schedule", "optics", "data", "tokenizer", "transformer",
          "generation", "weights", "metrics", "tasks", "callbacks", "commands", "cli", "planning", "report",
          "quickstart", "__main__")  # fmt: skip
 """Every room imports itself and those before it."""

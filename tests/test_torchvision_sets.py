@@ -180,6 +180,12 @@ def test_folders_read_by_torchvision_are_told_apart_by_their_files(tmp_path: Pat
     assert name("one") != name("other")
 
 
+def test_the_root_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"root '{tmp_path}/sets' does not hold the data set CIFAR10"):
+        load_torchvision("CIFAR10", "~/sets")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -299,7 +299,9 @@ def test_stages_end_in_the_image(vae: VQVAE) -> None:
 
 
 def test_no_labels_are_sampled_to_nothing(vae: VQVAE) -> None:
-    stages = sample(make_var(), vae, torch.zeros(0, dtype=torch.long), seeds=[])
+    nobody = torch.zeros(0, dtype=torch.long)
+    assert generate(make_var(), vae, nobody).shape == (0, 3, vae.schedule.image_size, vae.schedule.image_size)
+    stages = sample(make_var(), vae, nobody, seeds=[])
     assert [f_hat.shape for f_hat in stages] == [(0, 4, 3, 3)] * 3
 
 
@@ -320,6 +322,7 @@ def test_f_hat_has_one_dtype_at_every_scale(weights: torch.dtype, vae: VQVAE) ->
 def test_guidance_ramp_is_vars() -> None:
     assert guidance_scales(1.5, 4) == [0.0, 0.5, 1.0, 1.5]
     assert guidance_scales([1, 2], 2) == [1.0, 2.0]
+    assert guidance_scales(1.5, 1) == [1.5], "the last scale of one"
 
 
 @pytest.mark.parametrize(
@@ -328,7 +331,7 @@ def test_guidance_ramp_is_vars() -> None:
         ("labels must lie in 0..5 .* got 6", {"labels": torch.tensor([6])}),
         ("labels must be a 1-d int64", {"labels": torch.tensor([[0]])}),
         ("guidance must be .* got -1", {"guidance": -1}),
-        ("guidance must be .* 3 scales", {"guidance": [1.0]}),
+        ("guidance must hold one strength for each of the 3 scales, got", {"guidance": [1.0]}),
         ("guidance must be .* got nan", {"guidance": float("nan")}),
         ("guidance must be .* got inf", {"guidance": float("inf")}),
         ("guidance must be .* got 'strong'", {"guidance": "strong"}),

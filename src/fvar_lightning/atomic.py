@@ -1,12 +1,18 @@
-"""Files that are there whole or not at all, whenever a run is killed."""
+"""Files that are there whole or not at all, whenever a run is killed; and what they may be called."""
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def file_name(text: str) -> str:
+    """The text with an underscore for all that had better not be in a file's name."""
+    return re.sub(r"[^\w.-]+", "_", text)
 
 
 @contextmanager

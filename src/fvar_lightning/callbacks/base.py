@@ -1,7 +1,7 @@
 """StudentEvaluation: when callbacks generate images in validation and test, with which weights, and shared how."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from fvar_lightning.checks import check_choice
 from fvar_lightning.schedule import VAR_PATCH_NUMS
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.tasks.training import prefix
@@ -44,12 +45,6 @@ def identify_weights(trainer: Trainer, task: LightningModule) -> dict[str, str |
         return {"path": None, "sha256": weights_sha256(task.state_dict())}
     sha256 = file_sha256(path) if trainer.is_global_zero else ""
     return {"path": str(path), "sha256": trainer.strategy.broadcast(sha256)}
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    """Refuse a value that is not one of a `Literal`'s."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
 
 
 class StudentEvaluation(Callback):

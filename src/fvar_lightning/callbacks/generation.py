@@ -11,7 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from fvar_lightning.atomic import write_json
-from fvar_lightning.callbacks.base import StudentEvaluation, Weights, check_choice, identify_weights
+from fvar_lightning.callbacks.base import StudentEvaluation, identify_weights
 from fvar_lightning.callbacks.real import (
     Part,
     load_reference,
@@ -20,12 +20,14 @@ from fvar_lightning.callbacks.real import (
     real_statistics,
     with_features,
 )
+from fvar_lightning.checks import check_choice
 from fvar_lightning.data.listings import user_cache
 from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from fvar_lightning.metrics.generation import Figures, generation_figures
 from fvar_lightning.metrics.statistics import FeatureStatistics, Statistics
 from fvar_lightning.tasks.fvar import FVARTask
+from fvar_lightning.weights.averages import Weights
 from fvar_lightning.weights.identity import versions
 
 

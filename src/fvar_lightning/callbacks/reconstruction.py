@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -15,6 +15,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from fvar_lightning.callbacks.alias import spectra_picture
 from fvar_lightning.callbacks.base import is_last_batch
 from fvar_lightning.callbacks.loggers import log_pictures
+from fvar_lightning.checks import check_choice
 from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.metrics.alias import decibel
 from fvar_lightning.metrics.extractors import EfficientNetLite0, FeatureExtractor
@@ -51,8 +52,8 @@ class ReconstructionMetrics(Callback):
     def __init__(
         self, extractor: Callable[[], FeatureExtractor] = EfficientNetLite0, lpips: LPIPSNetwork | None = "alex"
     ) -> None:
-        if lpips is not None and lpips not in get_args(LPIPSNetwork):
-            raise ValueError(f"lpips must be one of {get_args(LPIPSNetwork)} or None, got {lpips!r}")
+        if lpips is not None:
+            check_choice("lpips", lpips, LPIPSNetwork)
         self.make_extractor = extractor
         self.network = lpips
         self.extractor: FeatureExtractor | None = None

@@ -7,7 +7,6 @@ samples.npz                         arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) l
 
 import json
 import math
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fvar_lightning.atomic import replacing, write_json
+from fvar_lightning.atomic import file_name, replacing, write_json
 from fvar_lightning.data.pixels import to_uint8
 from fvar_lightning.data.tokens import disagreements
 
@@ -42,8 +41,7 @@ class SampleFolder:
 
     def __init__(self, root: str | Path, class_names: Sequence[str]) -> None:
         self.root = Path(root)
-        safe = [re.sub(r"[^\w.-]+", "_", name) for name in class_names]
-        self.class_folders = [f"{label:04d}_{name}" for label, name in enumerate(safe)]
+        self.class_folders = [f"{label:04d}_{file_name(name)}" for label, name in enumerate(class_names)]
 
     @property
     def npz(self) -> Path:

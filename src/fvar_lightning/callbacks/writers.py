@@ -8,8 +8,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fvar_lightning.callbacks.base import check_choice, identify_weights, progress, use_raw_weights
+from fvar_lightning.callbacks.base import identify_weights, progress, use_raw_weights
 from fvar_lightning.callbacks.samples import Sample, SampleFolder
+from fvar_lightning.checks import check_choice
 from fvar_lightning.data.loaders import SharedLoaders
 from fvar_lightning.tasks.fvar import FVARTask
 from fvar_lightning.weights.averages import Weights

@@ -1,6 +1,5 @@
 """`fvar generate`: images of classes, a file each, and a contact sheet."""
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from fvar_lightning.atomic import file_name
 from fvar_lightning.commands.classes import find_label, spelled
 from fvar_lightning.commands.images import about, check_absent, contact_sheet, save_png, write_png
 from fvar_lightning.commands.model import ModelOptions, ReadyModel, SamplingOptions, scale_bar, take, words
@@ -59,7 +59,7 @@ def generate_images(
     found = [find_label(wanted, names) for wanted in classes]
     labels = [label for label in found for _ in range(count)]
     folder = Path(output)
-    files = [folder / f"{label:04d}_{_safe(names[label])}_{seed + i:06d}.png" for i, label in enumerate(labels)]
+    files = [folder / f"{label:04d}_{file_name(names[label])}_{seed + i:06d}.png" for i, label in enumerate(labels)]
     sheet = folder / "contact_sheet.png"
     check_absent([*files, sheet], overwrite)
 
@@ -105,10 +105,6 @@ def about_one(ready: ReadyModel, label: int, settings: dict[str, Any]) -> dict[s
     command = [*COMMAND, spelled(label, names), "--count", "1", *words(settings)]
     made_of = {"class": names[label], "label": label, "weights_sha256": ready.weights_sha256}
     return about(made_of | settings, command)
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def generate_command(args: list[str]) -> None:

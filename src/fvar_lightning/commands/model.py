@@ -4,12 +4,13 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from fvar_lightning.checks import check_choice
 from fvar_lightning.generation.sampling import Progress
 from fvar_lightning.precision import lacks_bfloat16
 from fvar_lightning.tokenizer.vqvae import VQVAE
@@ -122,8 +123,7 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> str:
     """Of `ModelOptions.precision`."""
-    if name not in get_args(Precision):
-        raise ValueError(f"precision must be one of {get_args(Precision)}, got {name!r}")
+    check_choice("precision", name, Precision)
     if name == "bfloat16" and device.type == "cpu" and lacks_bfloat16():
         warnings.warn("precision bfloat16 will not help: this processor has no units for it", stacklevel=2)
     if name != "auto":

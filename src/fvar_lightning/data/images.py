@@ -114,6 +114,11 @@ class ImageTransform:
         if self.resize not in ("var", "adm"):
             raise ValueError(f"resize must be 'var' or 'adm', got {self.resize!r}")
 
+    @property
+    def random(self) -> bool:
+        """Whether two squares of a picture differ."""
+        return self.random_crop or self.flip
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """(3, size, size) uint8 of an RGB picture; `rng` is drawn from only for `random_crop` and `flip`."""
         size = self.size

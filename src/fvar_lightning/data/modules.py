@@ -146,6 +146,9 @@ class ImageDataModule(SharedLoaders):
             raise ValueError("predict 'tokens' needs images in order, a stream has none: hf.streaming must be false")
         if not len(self._cached):
             raise ValueError(f"part {self.part!r} holds no images, see val_fraction")
+        transform = self.options.transform
+        if self.crops_per_image > 1 and isinstance(self._cached, ImageDataset) and not transform.random:
+            raise ValueError(f"crops_per_image must be 1 without random_crop and flip, got {self.crops_per_image}")
         return self.unfinished_loader(Passes(self._cached, len(self._cached), self.crops_per_image))
 
     @property

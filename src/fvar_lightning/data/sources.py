@@ -93,12 +93,12 @@ def folder_source(options: SourceOptions) -> Source:
 def photograph_source(options: SourceOptions) -> Source:
     """Crops of the photographs of scikit-image; those for validation are other crops of the same."""
     size, crops = options.transform.size, options.crops_per_photograph
-    held_out = max(1, round(options.val_fraction * crops))
-    return Source(
-        list(PHOTOGRAPHS),
-        PhotographDataset(size, crops, flip=options.transform.flip, seed=options.seed),
-        PhotographDataset(size, held_out, seed=options.seed, validation=True),
-    )
+    held_out: Any = ()
+    if options.val_fraction > 0:
+        count = max(1, round(options.val_fraction * crops))
+        held_out = PhotographDataset(size, count, seed=options.seed, validation=True)
+    train = PhotographDataset(size, crops, flip=options.transform.flip, seed=options.seed)
+    return Source(list(PHOTOGRAPHS), train, held_out)
 
 
 def torchvision_source(options: SourceOptions) -> Source:

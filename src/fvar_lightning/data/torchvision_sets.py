@@ -57,7 +57,7 @@ def load_torchvision(
     kind = getattr(torchvision.datasets, name, None)
     if name not in torchvision.datasets.__all__ or not isinstance(kind, type):
         raise ValueError(f"source {name!r} is no data set of torchvision, see torchvision.datasets for those it has")
-    train, val = _parts(kind, Path(root), download)
+    train, val = _parts(kind, Path(root).expanduser(), download)
     if not isinstance(train[0][1], Integral):
         raise ValueError(f"source {name!r} is no classification data set, its targets are {train[0][1]!r}")
     if val is not train:

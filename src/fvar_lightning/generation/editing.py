@@ -5,13 +5,14 @@ the result. Legend: B batch, S scales, pn_s side of token map s, Z latent channe
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fvar_lightning.checks import check_choice
 from fvar_lightning.generation.sampling import Progress, Revise, check_models, generate
 from fvar_lightning.tokenizer.codebook import exact
 from fvar_lightning.tokenizer.vqvae import VQVAE
@@ -67,8 +68,7 @@ def edit(
     check_models(var, vae)
     size = vae.schedule.image_size
     feather = size if feather is None else feather
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    check_choice("method", method, Method)
     if feather < 0:
         raise ValueError(f"feather must be 0 or a positive number of pixels, got {feather}")
     _check_images(images, size)

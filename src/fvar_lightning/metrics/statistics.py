@@ -3,7 +3,6 @@
 Legend: N images, D features, C classes.
 """
 
-import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from fvar_lightning.atomic import replacing
+from fvar_lightning.atomic import file_name, replacing
 
 
 @dataclass(eq=False)  # not frozen: torchmetrics refuses to pass on such results
@@ -96,8 +95,7 @@ def adm_images(path: str | Path) -> np.ndarray:
 
 def statistics_file(folder: str | Path, dataset: str, extractor: str, image_size: int) -> Path:
     """Where the statistics of a data set are cached: one file for data set, extractor and resolution."""
-    safe = re.sub(r"[^\w.-]+", "_", dataset)
-    return Path(folder, f"{safe}-{extractor}-{image_size}.npz")
+    return Path(folder, f"{file_name(dataset)}-{extractor}-{image_size}.npz")
 
 
 def _shape(path: str | Path, name: str) -> tuple[int, ...]:

@@ -10,12 +10,12 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from fvar_lightning.checks import check_not_negative
 from fvar_lightning.data.batches import ImageBatch, TokenBatch
 from fvar_lightning.tasks.stage2 import Stage2Task
 from fvar_lightning.tasks.training import (
     WarmupLinear,
     batch_generator,
-    check_loss_weights,
     check_lr_plan,
     check_seed,
     parameter_groups,
@@ -163,7 +163,7 @@ class FVARTask(Stage2Task):
             "feature_weight": feature_weight,
             "logit_weight": logit_weight,
         }
-        check_loss_weights(weights)
+        check_not_negative(weights)
         if teacher_loss_weight == 0 and (feature_weight or logit_weight):
             raise ValueError(
                 "teacher_loss_weight 0 leaves the teacher untrained: "

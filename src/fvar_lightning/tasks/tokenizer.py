@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +10,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio
 
+from fvar_lightning.checks import check_choice, check_not_negative
 from fvar_lightning.data.batches import ImageBatch
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.stage1 import Stage1Task, default_optimizer
-from fvar_lightning.tasks.training import check_loss_weights, compile_each, prefix
+from fvar_lightning.tasks.training import compile_each, prefix
 from fvar_lightning.tokenizer.losses import (
     TEXTURE_WINDOW,
     Discriminator,
@@ -111,13 +112,9 @@ class TokenizerTask(Stage1Task):
         compile: bool = False,
     ) -> None:
         schedule = FocusSchedule.of(schedule)
-        for name, value, choices in (
-            ("perceptual", perceptual, get_args(Perceptual)),
-            ("discriminator", discriminator, get_args(Discriminator)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        check_loss_weights({
+        check_choice("perceptual", perceptual, Perceptual)
+        check_choice("discriminator", discriminator, Discriminator)
+        check_not_negative({
             "perceptual_weight": perceptual_weight, "texture_weight": texture_weight,
             "adversarial_weight": adversarial_weight,
         })  # fmt: skip

@@ -1,7 +1,7 @@
 """What both tasks share: reproducible randomness, parameter groups and the learning rate over time."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,6 @@ def check_seed(seed: int) -> None:
     """Refuse a seed that `batch_generator` cannot take."""
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
-
-
-def check_loss_weights(weights: Mapping[str, float]) -> None:
-    """Refuse a negative weight of a loss.
-
-    Raises:
-        ValueError: naming it and its value.
-    """
-    for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} must not be negative, got {weight}")
 
 
 def check_views(task: LightningModule, schedule: FocusSchedule, psf: str | None) -> None:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, distributed, nn
 
+from fvar_lightning.checks import check_positive
 from fvar_lightning.optics.psf import check_psf
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tokenizer.autoencoder import ResnetBlock, check_sizes
+from fvar_lightning.tokenizer.autoencoder import ResnetBlock
 from fvar_lightning.tokenizer.codebook import Codebook, exact
 from fvar_lightning.tokenizer.reconstruction import Reconstruction
 
@@ -79,7 +80,7 @@ class AliasTokenizer(nn.Module):
         **codebook: Any,
     ) -> None:
         super().__init__()
-        check_sizes({"ch": ch, "z_channels": z_channels, "num_res_blocks": num_res_blocks})
+        check_positive({"ch": ch, "z_channels": z_channels, "num_res_blocks": num_res_blocks})
         self.schedule, self.psf = schedule, check_psf(psf)
         self.z_channels = z_channels
         self.momentum, self.commitment = momentum, commitment

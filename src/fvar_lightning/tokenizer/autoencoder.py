@@ -3,7 +3,7 @@
 Legend: B batch, C channels, H x W pixels, Z latent channels, h x w = H/f x W/f latent cells, f = 2^(levels - 1).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from math import gcd
 
@@ -19,17 +19,6 @@ VAR_CH_MULT = (1, 1, 2, 2, 4)
 
 PIECE = 2**18
 """Values of a map whose squares are in memory at once: they stay in the cache."""
-
-
-def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Refuse a network without channels, groups or blocks.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 class GroupNorm(nn.GroupNorm):

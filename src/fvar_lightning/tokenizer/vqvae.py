@@ -5,15 +5,16 @@ Legend: B batch, S scales, K focus states, pn_s side of token map s, Z latent ch
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fvar_lightning.checks import check_choice, check_positive
 from fvar_lightning.optics.psf import check_psf
 from fvar_lightning.optics.refocus import Refocus, Views
 from fvar_lightning.schedule import FocusSchedule
-from fvar_lightning.tokenizer.autoencoder import VAR_CH_MULT, Decoder, Encoder, check_sizes
+from fvar_lightning.tokenizer.autoencoder import VAR_CH_MULT, Decoder, Encoder
 from fvar_lightning.tokenizer.codebook import Codebook, exact
 from fvar_lightning.tokenizer.quantizer import MultiScaleQuantizer, Quantized
 
@@ -75,15 +76,14 @@ class VQVAE(nn.Module):
     ) -> None:
         super().__init__()
         check_patch_size(schedule, ch_mult)
-        if targets not in get_args(Targets):
-            raise ValueError(f"targets must be one of {get_args(Targets)}, got {targets!r}")
+        check_choice("targets", targets, Targets)
         if sharp_commitment < 0 or (sharp_commitment > 0 and targets != "view"):
             raise ValueError(
                 "sharp_commitment must not be negative, and is 0 for targets other than 'view', got "
                 f"{sharp_commitment} for {targets!r}"
             )
         sizes = {"ch": ch, "z_channels": z_channels, "num_res_blocks": num_res_blocks, "norm_groups": norm_groups}
-        check_sizes(sizes)
+        check_positive(sizes)
         self.schedule = schedule
         self.targets = targets
         self.psf = None if targets == "feature" else check_psf(psf)

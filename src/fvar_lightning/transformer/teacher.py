@@ -6,7 +6,7 @@ channels of the alias codebook.
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fvar_lightning.activations import recomputed
+from fvar_lightning.checks import check_choice
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.transformer.layers import AdaLNBlock, merged
 from fvar_lightning.transformer.var import VAR, Condition, Readout, Trace
@@ -41,7 +42,8 @@ class Reading(NamedTuple):
 
 
 class AliasGatedCrossAttention(nn.Module):
-    """Z = X + alpha * CrossAttn(X, E_a), alpha = sigmoid(linear([X; CrossAttn])) (eq. 10).
+    """Z = X + alpha * CrossAttn(X, E_a), alpha = sigmoid(linear([X; CrossAttn])) (eq. 10); attention and gate read X
+    after a layer norm, as every block of VAR does.
 
     The output projection starts at zero, so that the teacher starts as a VAR.
     """
@@ -149,10 +151,8 @@ class HighFrequencyTeacher(nn.Module):
             raise ValueError(f"alias_blocks must lie in 1..{student.depth} (the student's depth), got {alias_blocks}")
         if not 1 <= alias_scales <= layout.num_scales:
             raise ValueError(f"alias_scales must lie in 1..{layout.num_scales}, got {alias_scales}")
-        if alias_context not in get_args(AliasContext):
-            raise ValueError(f"alias_context must be one of {get_args(AliasContext)}, got {alias_context!r}")
-        if trunk not in get_args(Trunk):
-            raise ValueError(f"trunk must be one of {get_args(Trunk)}, got {trunk!r}")
+        check_choice("alias_context", alias_context, AliasContext)
+        check_choice("trunk", trunk, Trunk)
         if not 0 <= sharp_scales < layout.num_scales:
             raise ValueError(
                 f"sharp_scales must lie in 0..{layout.num_scales - 1}, got {sharp_scales}: where no view is blurred, "

@@ -1,7 +1,7 @@
 """Averaged and raw weights: where a checkpoint of Lightning's `EMAWeightAveraging` keeps which."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -10,12 +10,6 @@ Weights = Literal["ema", "raw"]
 
 _RAW = "current_model_state"
 """The averages take the place of the weights, which move here."""
-
-
-def check_which(weights: str) -> None:
-    """Refuse what is none of `Weights`."""
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be one of {get_args(Weights)}, got {weights!r}")
 
 
 def holds_both(checkpoint: Mapping[str, Any]) -> bool:

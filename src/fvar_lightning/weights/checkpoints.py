@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvar_lightning.checks import check_choice
 from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tokenizer.build import Tokenizer
 from fvar_lightning.tokenizer.vqvae import VQVAE, Targets
 from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.averages import Weights, check_which, state_of
+from fvar_lightning.weights.averages import Weights, state_of
 from fvar_lightning.weights.describe import at_schedule, check_weights, describe, differences, rebuild
 from fvar_lightning.weights.files import read_checkpoint
 from fvar_lightning.weights.official import is_official, load_vae, read_var
@@ -113,7 +114,7 @@ def load_fvar_checkpoint(path: str | Path, weights: Weights = "ema") -> Pretrain
     Raises:
         ValueError: if the file is no such checkpoint, or `weights` is neither.
     """
-    check_which(weights)
+    check_choice("weights", weights, Weights)
     checkpoint = read_checkpoint(path)
     networks = checkpoint.get("networks", {})
     if not {"student", "vae"} <= set(networks):

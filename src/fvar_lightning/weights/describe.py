@@ -18,8 +18,9 @@ AnyTokenizer = TypeVar("AnyTokenizer", bound=Tokenizer)
 
 
 def describe(network: Network) -> dict[str, Any]:
-    """The constructor's arguments as plain values, and under ``kind`` which constructor: ``structure``, ``alias``
-    (see `build_tokenizer`) or ``var``."""
+    """The constructor's arguments as plain values, but those that only training heeds (`initial_gain`, `recompute`,
+    `sharp_commitment`), and under ``kind`` which constructor: ``structure``, ``alias`` (see `build_tokenizer`) or
+    ``var``."""
     if isinstance(network, VAR):
         return {
             "kind": "var",

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from fvar_lightning.checks import check_choice
 from fvar_lightning.transformer.var import VAR
-from fvar_lightning.weights.averages import Weights, check_which
+from fvar_lightning.weights.averages import Weights
 from fvar_lightning.weights.checkpoints import load_fvar_checkpoint
 from fvar_lightning.weights.files import read_checkpoint
 from fvar_lightning.weights.hub import download, is_repository
@@ -48,6 +49,8 @@ def from_pretrained(
 def find_model(name: str | Path, *, depth: int | None = None, revision: str | None = None) -> ModelFiles:
     """The files `from_pretrained` reads, downloaded if need be; its arguments and errors."""
     path = Path(name)
+    if revision is not None and path.exists():
+        raise ValueError(f"revision is of a repository of the hub, and {str(name)!r} is here: got {revision!r}")
     if path.is_file() or path.suffix in SUFFIXES:
         if depth is not None:
             raise ValueError(f"depth chooses among official VAR's files in a folder, and {str(name)!r} is a file")
@@ -71,7 +74,7 @@ def find_model(name: str | Path, *, depth: int | None = None, revision: str | No
 
 def load_model(files: ModelFiles, weights: Weights = "ema") -> Pretrained:
     """The model in the files of `find_model`; arguments and errors of `from_pretrained`."""
-    check_which(weights)
+    check_choice("weights", weights, Weights)
     first, *others = files.paths
     if first.suffix == ".safetensors":
         return load_pretrained(first)
