@@ -136,6 +136,7 @@ def test_report_holds_what_makes_a_figure_traceable(tokenizers: list[str], image
     trainer = make_trainer(tmp_path, [])
     task = make_task(tokenizers)
     task.trainer = trainer
+    task.trainer = trainer
     trainer.strategy.connect(task)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     callback = metrics(tmp_path, sampling={"guidance": 2.0, "top_k": 4})
@@ -168,12 +169,17 @@ def test_protocol_from_the_command_line(tokenizers: list[str], image_folder: Pat
     args = [f"--model.{kind}_tokenizer={path}" for kind, path in zip(("structure", "alias"), tokenizers, strict=True)]
     args += [f"--data.source={image_folder}", f"--trainer.logger.save_dir={tmp_path}"]
     args += [f"--trainer.default_root_dir={tmp_path}", "--data.schedule.max_radius=0.75"]
+    task, trainer = make_task(tokenizers), make_trainer(tmp_path, [], logger=False)
+    task.trainer = trainer
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    args.append(f"--ckpt_path={tmp_path / 'model.ckpt'}")
     main(["test", f"--config={CONF / 'fvar.yaml'}", f"--config={tmp_path / 'protocol.yaml'}", *args])
     (path,) = tmp_path.rglob("generation_efficientnet_lite0.json")
     report = json.loads(path.read_text())
     assert report["values"]["fd_efficientnet_lite0"] > 0
     assert report["settings"]["features"] == 1280
-    assert report["checkpoint"]["path"] is None
+    assert report["checkpoint"]["path"] == str(tmp_path / "model.ckpt")
 
 
 def test_real_statistics_are_computed_once_and_again_when_the_images_change(
