@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -117,15 +118,17 @@ class Stage1Task(FiniteTask):
         checkpoint["tokenizer"] = describe(self.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a tokenizer of other views; of averaged and last weights, load what the run is to
-        use.
+        """Refuse to go on from a tokenizer of other views; warn where one is judged by them, as for another image size.
+        Of averaged and last weights, load what the run is to use.
 
         Raises:
             ValueError: naming what differs.
         """
         own = {name: x for name, x in describe(self.tokenizer).items() if name in ("schedule", "psf")}
         if differing := differences(checkpoint.get("tokenizer", own), own):
-            raise ValueError(f"the checkpoint is of a tokenizer of other views: {differing}")
+            if self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING:
+                raise ValueError(f"the checkpoint is of a tokenizer of other views: {differing}")
+            rank_zero_warn(f"the tokenizer is judged by other views than those it was trained on: {differing}")
         use_right_weights(self._trainer, checkpoint)
 
     def on_train_start(self) -> None:
