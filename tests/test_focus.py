@@ -123,7 +123,7 @@ def test_without_focus_states_only_the_sharp_image_exists() -> None:
 
 def test_guidance_schedules() -> None:
     assert ramp(3, 4) == [0, 1, 2, 3] == guidance_scales(3, 4)
-    assert ramp(3, 1) == [0]
+    assert ramp(3, 1) == [3.0], "the last scale of one"
     assert constant(2, 3) == [2, 2, 2]
     assert interval(2, 5, 1, 3) == [0, 2, 2, 0, 0]
     assert guidance_scales(interval(2, 5, 1, 3), 5) == [0, 2, 2, 0, 0]
