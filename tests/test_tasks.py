@@ -207,6 +207,7 @@ def test_a_tokenizers_hash_is_of_what_tokens_depend_on(trained: dict[str, Path],
         sha256 = tokenizer_sha256(structure)
 
 
+@pytest.mark.slow
 def test_scale_dropout_teaches_partial_tokens_to_decode_to_their_focus_state(
     tmp_path: Path, image_folder: Path
 ) -> None:
