@@ -1,6 +1,8 @@
 """Every configuration in the repository makes an optimiser step through the command line, at a small size."""
 
+import contextlib
 import functools
+import io
 import os
 import re
 import struct
@@ -105,17 +107,19 @@ def test_override(name: str, image_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OVERRIDES if name.startswith("ablation/")])
-def test_an_ablation_changes_all_that_it_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_ablation_changes_all_that_it_names(name: str) -> None:
     """No value of it is the one that stands without it."""
-
-    def settings(*names: str) -> dict[str, object]:
-        with pytest.raises(SystemExit, match="0"):
-            main(["fit", *(f"--config={FOLDER / name}" for name in names), "--print_config"])
-        return leaves(yaml.safe_load(capsys.readouterr().out))
-
     before, after = settings(base_of(name)), settings(base_of(name), name)
     for option in leaves(small_configs.read(name)):
         assert after[option] != before[option], option
+
+
+@functools.cache
+def settings(*names: str) -> dict[str, object]:
+    """Every value of a run with these configurations."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit, match="0"):
+        main(["fit", *(f"--config={FOLDER / name}" for name in names), "--print_config"])
+    return leaves(yaml.safe_load(printed.getvalue()))
 
 
 def leaves(content: dict[str, Any], above: str = "") -> dict[str, object]:
