@@ -1,9 +1,10 @@
 """Three training steps of a task, weights written by rank 0; test_distributed.py runs it in one and in two processes.
 
-Usage: distributed_worker.py TASK STRATEGY PRECISION OUTPUT [TOKENIZER ...]
+Usage: distributed_worker.py STRATEGY FOLDER TOKENIZER TOKENIZER
 
-With strategy fsdp also a run as the configurations ship it, its sharded checkpoint and samples beside OUTPUT. Strategy
-resume goes on from such a checkpoint, one.ckpt beside OUTPUT, and writes it once more.
+Strategy ddp trains every task and writes TASK.ckpt; fsdp stage 2 alone, and once more as the configurations ship it, with
+its sharded checkpoint, shipped.ckpt, and samples. Strategy resume goes on from such a checkpoint, one.ckpt, and writes it
+once more, again.ckpt.
 """
 
 import sys
@@ -26,6 +27,7 @@ from fvar_lightning.transformer import losses
 
 SCHEDULE = FocusSchedule((1, 2, 4), patch_size=4, focus_states=2)
 TOTAL = 8
+TASKS = ("structure", "alias", "fvar")
 
 
 class FixedImages(LightningDataModule):
@@ -113,12 +115,15 @@ def ship(processes: int, output: Path, tokenizers: list[str], resume: Path | Non
 
 
 if __name__ == "__main__":
-    task, strategy, precision, output, *tokenizers = sys.argv[1:]
-    if strategy != "resume":
-        run(task, strategy, precision, Path(output), tokenizers)
+    strategy, place, *tokenizers = sys.argv[1:]
+    folder = Path(place)
+    if strategy == "ddp":
+        for name in TASKS:
+            run(name, "ddp", "64-true", folder / f"{name}.ckpt", tokenizers)
     if strategy == "fsdp":
-        shipped = ship(2, Path(output).with_name("shipped.ckpt"), tokenizers)
+        run("fvar", "fsdp", "32-true", folder / "fvar.ckpt", tokenizers)
+        shipped = ship(2, folder / "shipped.ckpt", tokenizers)
         samples = shipped.generate(torch.tensor([0, 1]), seeds=[1, 2])
-        torch.save(samples, Path(output).with_name(f"samples{shipped.global_rank}.pt"))
+        torch.save(samples, folder / f"samples{shipped.global_rank}.pt")
     if strategy == "resume":
-        ship(2, Path(output), tokenizers, resume=Path(output).with_name("one.ckpt"))
+        ship(2, folder / "again.ckpt", tokenizers, resume=folder / "one.ckpt")

@@ -26,11 +26,11 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def two_processes(name: str, strategy: str, precision: str, output: Path, tokenizers: list[str]) -> None:
+def two_processes(strategy: str, folder: Path, tokenizers: list[str]) -> None:
     """Lightning's own launcher starts the second process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     worker = str(Path(distributed_worker.__file__))
-    command = [sys.executable, worker, name, strategy, precision, str(output), *tokenizers]
+    command = [sys.executable, worker, strategy, str(folder), *tokenizers]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -62,13 +62,21 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("name", ["structure", "alias", "fvar"])
-def test_two_processes_equal_one(name: str, tmp_path: Path, tokenizers: list[str], reviving: list[bool]) -> None:
-    given = tokenizers if name == "fvar" else []
-    distributed_worker.run(name, "single", "64-true", tmp_path / "one.ckpt", given)
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory, tokenizers: list[str]) -> Path:
+    """Folder of what two processes wrote that join their gradients."""
+    folder = tmp_path_factory.mktemp("joint")
+    two_processes("ddp", folder, tokenizers)
+    return folder
+
+
+@pytest.mark.parametrize("name", distributed_worker.TASKS)
+def test_two_processes_equal_one(
+    name: str, joint: Path, tmp_path: Path, tokenizers: list[str], reviving: list[bool]
+) -> None:
+    distributed_worker.run(name, "single", "64-true", tmp_path / "one.ckpt", tokenizers)
     assert any(reviving) or name != "structure"
-    two_processes(name, "ddp", "64-true", tmp_path / "two.ckpt", given)
-    one, two = (weights(tmp_path / f"{n}.ckpt") for n in ("one", "two"))
+    one, two = weights(tmp_path / "one.ckpt"), weights(joint / f"{name}.ckpt")
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, atol=1e-9, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
@@ -78,7 +86,7 @@ def test_two_processes_equal_one(name: str, tmp_path: Path, tokenizers: list[str
 def sharded(tmp_path_factory: pytest.TempPathFactory, tokenizers: list[str]) -> Path:
     """Folder of what two sharding processes wrote."""
     folder = tmp_path_factory.mktemp("sharded")
-    two_processes("fvar", "fsdp", "32-true", folder / "two.ckpt", tokenizers)
+    two_processes("fsdp", folder, tokenizers)
     return folder
 
 
@@ -87,7 +95,7 @@ def test_shards_built_on_the_meta_device_train_as_one_process_does(
 ) -> None:
     """FSDP2 takes no float64, and AdamW makes steps of rounding errors: their sum against how far training went."""
     distributed_worker.run("fvar", "single", "32-true", tmp_path / "one.ckpt", tokenizers)
-    one, two = weights(tmp_path / "one.ckpt"), weights(sharded / "two.ckpt")
+    one, two = weights(tmp_path / "one.ckpt"), weights(sharded / "fvar.ckpt")
     begin = distributed_worker.make_task("fvar", tokenizers).state_dict()
     assert one.keys() == two.keys()
     moved = sum((one[key] - begin[key]).square().sum() for key in begin)
@@ -137,7 +145,7 @@ def test_sharded_checkpoints_move_between_one_and_two_processes(
         torch.distributed.destroy_process_group()
         os.environ.clear()
         os.environ.update(environment)  # Lightning's launcher leaves its own, which would reach the next
-    two_processes("fvar", "resume", "bf16-mixed", sharded / "again.ckpt", tokenizers)
+    two_processes("resume", sharded, tokenizers)
     states = [
         torch.load(consolidated(sharded / f"{name}.ckpt", monkeypatch), weights_only=True)
         for name in ("shipped", "one", "again", "on")

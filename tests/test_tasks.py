@@ -393,7 +393,7 @@ def test_a_teacher_that_is_a_copy_teaches_nothing_in_training_either(trained: di
     [
         ("shared", True),
         ("separate", False),
-        ("detached", False),
+        pytest.param("detached", False, marks=pytest.mark.slow),
         pytest.param("shared", False, marks=pytest.mark.slow),
         pytest.param("separate", True, marks=pytest.mark.slow),
     ],
