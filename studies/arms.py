@@ -38,6 +38,7 @@ TOKENS: dict[str, tuple[str, list[str]]] = {
     "smooth": ("disk", ["--model=token_levers.Smooth"]),
     "grid_loss": ("disk", ["--model=token_levers.GridLoss"]),
     "octaves": ("disk", ["--model=token_levers.Octaves"]),
+    "octaves_feature": ("disk", ["--model=token_levers.Octaves", "--model.targets=feature"]),
 }
 """Structure tokenizers: their optics and arguments of their stage."""
 
@@ -109,6 +110,7 @@ LEVERS = {
     "drawn_alone": Arm("drawn", arguments=ALONE),
     "passing_alone": Arm("passing", arguments=ALONE),
     "octaves_alone": Arm("octaves", arguments=ALONE),
+    "octaves_var": Arm("octaves_feature", "none", ALONE),
     "smooth_alone": Arm("smooth", arguments=ALONE),
     "grid_loss_alone": Arm("grid_loss", arguments=ALONE),
     "early": Arm(arguments=(override("early_distillation"),)),
