@@ -119,6 +119,7 @@ LEVERS = {
     "from_images": Arm(cached=False),
     "continuous_alias": Arm(task="levers.ContinuousAlias", cached=False),
     "aligned": Arm(task="levers.AlignedAlias"),
+    "aligned_undistilled": Arm(arguments=(override("no_distillation"),), task="levers.AlignedAlias"),
     "inner_copy": Arm(task="levers.InnerCopy"),
     "sharper_input": Arm(task="levers.SharperInput"),
     "soft_targets": Arm(arguments=ALONE, task="levers.SoftTargets"),

@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "studies",
         nargs="+",
-        help="folder of the figures; for a race with :first-last seeds, and :folder of the baseline's",
+        help="folder of the figures; for a race with :first-last seeds, or one, and :folder of the baseline's",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="all by default")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["var", "next_focus"], help="of a race, two")
@@ -81,11 +81,12 @@ def figures_of(study: Path, seeds: Sequence[int] | None) -> dict[str, dict[str, 
 
 
 def race(studies: Sequence[Sequence[str]], baseline: str, arm: str, folder: Path) -> str:
-    """Two arms in several studies, a line each: folder, "first-last" of its seeds, and the folder of the baseline where
-    that is another."""
+    """Two arms in several studies, a line each: folder, "first-last" of its seeds or the only one, and the folder of
+    the baseline where that is another."""
     rows = []
     for study, seeds, *others in studies:
-        first, last = map(int, seeds.split("-"))
+        first, *more = map(int, seeds.split("-"))
+        last = more[0] if more else first
         folders = [folder / name for name in (*others, study)]
         mine, own = (figures_of(f, range(first, last + 1)) for f in (folders[0], folders[-1]))
         a, b = mine["steps"][baseline], own["steps"][arm]
@@ -93,8 +94,9 @@ def race(studies: Sequence[Sequence[str]], baseline: str, arm: str, folder: Path
         ahead = differences(b, a, "fd/real")
         rows.append([
             " against ".join(steps_of(f) for f in folders),
-            f"{first} to {last}",
-            *(spread(values(found, "fd/real")) for found in (a, b)), paired(ahead), f"{p_value(ahead):.2g}",
+            seeds.replace("-", " to "),
+            *(spread(values(found, "fd/real")) for found in (a, b)), paired(ahead),
+            f"{p_value(ahead):.2g}" if more else "-",
             *(paired(differences(b, a, figure)) for figure in RACE), paired(differences(after, before, "fd/real")),
             " / ".join(f"{mean(values(found, 'settled')):.1%}" for found in (a, b)),
         ])  # fmt: skip
