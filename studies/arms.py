@@ -17,6 +17,7 @@ OPTICS: dict[str, list[str]] = {
 """Views, and with them alias residuals: arguments of all stages that read images."""
 
 SHARP_COMMITMENT = "--model.sharp_commitment=0.25"
+OCTAVES = "--model.texture_octaves=2"
 
 TOKENS: dict[str, tuple[str, list[str]]] = {
     "view": ("disk", []),
@@ -37,8 +38,8 @@ TOKENS: dict[str, tuple[str, list[str]]] = {
     "passing": ("disk", ["--model=token_levers.Passing", SHARP_COMMITMENT]),
     "smooth": ("disk", ["--model=token_levers.Smooth"]),
     "grid_loss": ("disk", ["--model=token_levers.GridLoss"]),
-    "octaves": ("disk", ["--model=token_levers.Octaves"]),
-    "octaves_feature": ("disk", ["--model=token_levers.Octaves", "--model.targets=feature"]),
+    "octaves": ("disk", [OCTAVES]),
+    "octaves_feature": ("disk", [OCTAVES, "--model.targets=feature"]),
 }
 """Structure tokenizers: their optics and arguments of their stage."""
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tokenizer.autoencoder import Upsample2x
-from fvar_lightning.tokenizer.losses import texture_loss
 from fvar_lightning.tokenizer.quantizer import Quantized
 
 COMMITMENT = 0.25
@@ -94,16 +93,3 @@ class GridLoss(TokenizerTask):
         periodic = rearrange(error, "b c (h p) (w q) -> b c p q (h w)", p=side, q=side).mean(-1)
         periodic = periodic - periodic.mean((-1, -2), keepdim=True)
         return super().further_losses(passed, loss, terms) + self.weight * periodic.square().mean()
-
-
-class Octaves(TokenizerTask):
-    """The texture loss on images of half and of a quarter of the size too, which hold the coarser parts of the band."""
-
-    octaves = 2
-
-    def further_losses(self, passed: Any, loss: Tensor, terms: Any) -> Tensor:
-        images, targets = passed.decoded[0], passed.targets[0]
-        for _ in range(self.octaves):
-            images, targets = F.avg_pool2d(images, 2), F.avg_pool2d(targets, 2)
-            loss = loss + self.texture_weight * texture_loss(images, targets)
-        return super().further_losses(passed, loss, terms)

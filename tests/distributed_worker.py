@@ -2,9 +2,9 @@
 
 Usage: distributed_worker.py STRATEGY FOLDER TOKENIZER TOKENIZER
 
-Strategy ddp trains every task and writes TASK.ckpt; fsdp stage 2 alone, and once more as the configurations ship it, with
-its sharded checkpoint, shipped.ckpt, and samples. Strategy resume goes on from such a checkpoint, one.ckpt, and writes it
-once more, again.ckpt.
+Strategy ddp trains every task and writes TASK.ckpt; fsdp stage 2 alone, and once more as the configurations ship it,
+with its sharded checkpoint, shipped.ckpt, and samples. Strategy resume goes on from such a checkpoint, one.ckpt, and
+writes it once more, again.ckpt.
 """
 
 import sys

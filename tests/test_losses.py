@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fvar_lightning.cli import FVARCommandLine, main
+from fvar_lightning.schedule import FocusSchedule
 from fvar_lightning.tasks.tokenizer import TokenizerTask
 from fvar_lightning.tokenizer import losses
 from fvar_lightning.tokenizer.efficientnet import STAGE_CHANNELS, EfficientNetLite
@@ -53,6 +54,34 @@ def test_texture_loss_of_checkerboards() -> None:
     assert texture_loss(0.5 * board, 0.2 * board).item() == pytest.approx(8 / 9 * 0.3, rel=1e-3)
     assert texture_loss(0.5 * board, -0.5 * board).item() == 0
     assert texture_loss(0.5 * board + rows / 24, 0.5 * board).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_octaves_of_the_texture_loss_see_coarser_detail() -> None:
+    """Halved, a square wave of four pixels alternates; less the mean of three it is 4/3 of itself."""
+    places = torch.arange(32)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
+
+    def added(error: torch.Tensor) -> float:
+        wrong = images + error
+        return float(texture_loss(wrong, images, octaves=1) - texture_loss(wrong, images))
+
+    assert added(0.2 * (-1.0) ** places) == pytest.approx(0, abs=1e-9), "only the finest detail"
+    square = 0.2 * (-1.0) ** (places // 2)
+    expected = math.sqrt((0.2 * 4 / 3) ** 2 + 1e-5) - math.sqrt(1e-5)
+    assert added(square) == pytest.approx(expected, rel=1e-3)
+    halved = texture_loss(square[None, None, None, ::2].expand(1, 1, 16, 16), torch.zeros(1, 1, 16, 16))
+    assert added(square) == pytest.approx(float(halved))
+
+
+def test_images_too_small_for_the_texture_loss_are_refused() -> None:
+    schedule = FocusSchedule((1, 2), patch_size=8, focus_states=2)
+    network = {"ch": 4, "ch_mult": (1, 1, 1, 1), "vocab_size": 4, "texture_weight": 1.0}
+    assert TokenizerTask(schedule, **network, texture_octaves=1).texture_octaves == 1
+    with pytest.raises(ValueError, match="texture_octaves must leave 8 px of an image, got 2 for images of 16 px"):
+        TokenizerTask(schedule, **network, texture_octaves=2)
+    small = FocusSchedule((1,), patch_size=4, focus_states=1)
+    with pytest.raises(ValueError, match="texture_weight must be 0 for images below 8 px"):
+        TokenizerTask(small, **network | {"ch_mult": (1, 1, 1)})
 
 
 def test_texture_loss_has_a_gradient_on_flat_images(images: torch.Tensor) -> None:

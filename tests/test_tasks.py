@@ -676,6 +676,7 @@ def test_a_resumed_run_decays_as_its_own_arguments_say(own: float | None) -> Non
         (FVARTask, "top_k", -1), (FVARTask, "heads", 0), (TokenizerTask, "lr_warmup", 1000),
         (FVARTask, "guidance", -1.0), (FVARTask, "logit_weight", math.nan), (TokenizerTask, "seed", -1),
         (TokenizerTask, "l1_weight", -1.0), (TokenizerTask, "texture_weight", -1.0), (TokenizerTask, "ch", 0),
+        (TokenizerTask, "texture_octaves", -1),
         (TokenizerTask, "noise", (0.1, math.nan)), (TokenizerTask, "lr_final", math.nan),
         (AliasTokenizerTask, "vq_weight", -1.0), (AliasTokenizerTask, "z_channels", 0),
         (AliasTokenizerTask, "schedule", FocusSchedule((16,), focus_states=1)), (AliasTokenizerTask, "psf", "none"),

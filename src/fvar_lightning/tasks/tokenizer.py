@@ -56,6 +56,7 @@ class TokenizerTask(Stage1Task):
             `perceptual_loss`.
         perceptual_weight: of the perceptual loss.
         texture_weight: of the loss on the local contrast of fine detail (`texture_loss`); 0: none.
+        texture_octaves: how many times it looks at the image at half the size too, where coarser detail lies.
         adversarial_weight: of the discriminator's opinion, on top of the adaptive weight; 0: none.
         adversarial_start: part of the run before the discriminator joins.
         discriminator: ``patch``: `PatchDiscriminator`; ``efficientnet_lite1``: `FeatureDiscriminator`.
@@ -99,6 +100,7 @@ class TokenizerTask(Stage1Task):
         perceptual: Perceptual = "none",
         perceptual_weight: float = 1.0,
         texture_weight: float = 0.0,
+        texture_octaves: int = 0,
         adversarial_weight: float = 0.0,
         adversarial_start: float = 0.2,
         discriminator: Discriminator = "patch",
@@ -116,7 +118,7 @@ class TokenizerTask(Stage1Task):
         check_choice("discriminator", discriminator, Discriminator)
         check_not_negative({
             "perceptual_weight": perceptual_weight, "texture_weight": texture_weight,
-            "adversarial_weight": adversarial_weight,
+            "texture_octaves": texture_octaves, "adversarial_weight": adversarial_weight,
         })  # fmt: skip
         if not 0 <= scale_dropout < 1:
             raise ValueError(f"scale_dropout must lie in [0, 1), got {scale_dropout}")
@@ -125,6 +127,11 @@ class TokenizerTask(Stage1Task):
         if texture_weight and schedule.image_size < TEXTURE_WINDOW:
             raise ValueError(
                 f"texture_weight must be 0 for images below {TEXTURE_WINDOW} px, got {texture_weight} for images of "
+                f"{schedule.image_size} px"
+            )
+        if texture_weight and schedule.image_size < TEXTURE_WINDOW << texture_octaves:
+            raise ValueError(
+                f"texture_octaves must leave {TEXTURE_WINDOW} px of an image, got {texture_octaves} for images of "
                 f"{schedule.image_size} px"
             )
         if len(noise) != 2 or not all(deviation >= 0 for deviation in noise):
@@ -157,7 +164,8 @@ class TokenizerTask(Stage1Task):
         )
         self.save_hyperparameters(ignore=["optimizer", "compile"])
         self.hparams["schedule"] = asdict(schedule)
-        self.perceptual_weight, self.texture_weight = perceptual_weight, texture_weight
+        self.perceptual_weight = perceptual_weight
+        self.texture_weight, self.texture_octaves = texture_weight, texture_octaves
         self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
         self.scale_dropout, self.noise = scale_dropout, tuple(noise)
         self.register_buffer("states", torch.tensor(schedule.states), persistent=False)
@@ -226,7 +234,7 @@ class TokenizerTask(Stage1Task):
             terms["perceptual"] = network(image.clamp(-1, 1), target.clamp(-1, 1))
             loss = loss + self.perceptual_weight * terms["perceptual"]
         if self.texture_weight:
-            terms["texture"] = texture_loss(image, target)
+            terms["texture"] = texture_loss(image, target, self.texture_octaves)
             loss = loss + self.texture_weight * terms["texture"]
         if self.discriminator is not None:
             loss = loss + self._adversarial(self.discriminator, image, target, loss, terms)

@@ -23,7 +23,7 @@ TEXTURE_WINDOW = 8
 """Side of the window of `texture_loss`, pixels."""
 
 
-def texture_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
+def texture_loss(reconstruction: Tensor, target: Tensor, octaves: int = 0) -> Tensor:
     """Mean |difference| of the local contrast of fine detail, a scalar.
 
     Detail is what an image's 3x3 mean leaves, contrast its root mean square per channel in 8x8 windows, 4 px apart. A
@@ -31,9 +31,15 @@ def texture_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     target has, wherever it comes to lie.
 
     Args:
-        reconstruction, target: (B, C, H, W), H and W at least 8.
+        reconstruction, target: (B, C, H, W), H and W at least 8 * 2^octaves.
+        octaves: how many times both are averaged to half the size and compared anew, which is summed: detail that is
+            twice, four times, ... as coarse.
     """
-    return F.l1_loss(_contrast(reconstruction), _contrast(target))
+    loss = F.l1_loss(_contrast(reconstruction), _contrast(target))
+    for _ in range(octaves):
+        reconstruction, target = F.avg_pool2d(reconstruction, 2), F.avg_pool2d(target, 2)
+        loss = loss + F.l1_loss(_contrast(reconstruction), _contrast(target))
+    return loss
 
 
 def _contrast(images: Tensor) -> Tensor:
