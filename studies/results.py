@@ -85,10 +85,9 @@ def race(studies: Sequence[Sequence[str]], baseline: str, arm: str, folder: Path
     the baseline where that is another."""
     rows = []
     for study, seeds, *others in studies:
-        first, *more = map(int, seeds.split("-"))
-        last = more[0] if more else first
+        ends = [int(seed) for seed in seeds.split("-")]
         folders = [folder / name for name in (*others, study)]
-        mine, own = (figures_of(f, range(first, last + 1)) for f in (folders[0], folders[-1]))
+        mine, own = (figures_of(f, range(ends[0], ends[-1] + 1)) for f in (folders[0], folders[-1]))
         a, b = mine["steps"][baseline], own["steps"][arm]
         before, after = mine["tokenizers"][ARMS[baseline].tokens], own["tokenizers"][ARMS[arm].tokens]
         ahead = differences(b, a, "fd/real")
@@ -96,7 +95,7 @@ def race(studies: Sequence[Sequence[str]], baseline: str, arm: str, folder: Path
             " against ".join(steps_of(f) for f in folders),
             seeds.replace("-", " to "),
             *(spread(values(found, "fd/real")) for found in (a, b)), paired(ahead),
-            f"{p_value(ahead):.2g}" if more else "-",
+            f"{p_value(ahead):.2g}" if len(ahead) > 1 else "-",
             *(paired(differences(b, a, figure)) for figure in RACE), paired(differences(after, before, "fd/real")),
             " / ".join(f"{mean(values(found, 'settled')):.1%}" for found in (a, b)),
         ])  # fmt: skip

@@ -33,6 +33,7 @@ from fvar_lightning.tokenizer.losses import (
     texture_loss,
 )
 from fvar_lightning.tokenizer.lpips import LPIPSNetwork, load_lpips, lpips_file
+from fvar_lightning.tokenizer.reconstruction import Reconstruction
 from waits import Waits
 
 CONF = Path(__file__).parent / "conf"
@@ -73,10 +74,16 @@ def test_octaves_of_the_texture_loss_see_coarser_detail() -> None:
     assert added(square) == pytest.approx(float(halved))
 
 
-def test_images_too_small_for_the_texture_loss_are_refused() -> None:
+def test_the_tokenizer_takes_octaves_that_its_images_have() -> None:
     schedule = FocusSchedule((1, 2), patch_size=8, focus_states=2)
     network = {"ch": 4, "ch_mult": (1, 1, 1, 1), "vocab_size": 4, "texture_weight": 1.0}
-    assert TokenizerTask(schedule, **network, texture_octaves=1).texture_octaves == 1
+    task = TokenizerTask(schedule, **network, texture_octaves=1)
+    image, target = torch.rand(2, 1, 3, 16, 16)
+    terms: dict[str, Tensor] = {}
+    task.further_losses(Reconstruction([image], [target], [], torch.zeros(())), torch.zeros(()), terms)
+    assert terms["texture"] == texture_loss(image, target, 1) > 1.01 * texture_loss(image, target)
+    with pytest.raises(ValueError, match="texture_octaves must be 0 without texture_weight, got 2"):
+        TokenizerTask(schedule, **network | {"texture_weight": 0.0}, texture_octaves=2)
     with pytest.raises(ValueError, match="texture_octaves must leave 8 px of an image, got 2 for images of 16 px"):
         TokenizerTask(schedule, **network, texture_octaves=2)
     small = FocusSchedule((1,), patch_size=4, focus_states=1)

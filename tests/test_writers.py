@@ -168,7 +168,7 @@ def test_a_killed_process_started_again_gives_the_files_of_an_undisturbed_one(
     output: str, tokenizers: list[str], image_folder: Path, tmp_path: Path
 ) -> None:
     """SIGKILL, which no process can prepare for, while pictures are being written."""
-    count = 160
+    count = 400
 
     def arguments(command: str) -> list[str]:
         return [

@@ -56,7 +56,7 @@ class TokenizerTask(Stage1Task):
             `perceptual_loss`.
         perceptual_weight: of the perceptual loss.
         texture_weight: of the loss on the local contrast of fine detail (`texture_loss`); 0: none.
-        texture_octaves: how many times it looks at the image at half the size too, where coarser detail lies.
+        texture_octaves: how many times that loss looks at the image at half the size too, where coarser detail lies.
         adversarial_weight: of the discriminator's opinion, on top of the adaptive weight; 0: none.
         adversarial_start: part of the run before the discriminator joins.
         discriminator: ``patch``: `PatchDiscriminator`; ``efficientnet_lite1``: `FeatureDiscriminator`.
@@ -129,6 +129,8 @@ class TokenizerTask(Stage1Task):
                 f"texture_weight must be 0 for images below {TEXTURE_WINDOW} px, got {texture_weight} for images of "
                 f"{schedule.image_size} px"
             )
+        if texture_octaves and not texture_weight:
+            raise ValueError(f"texture_octaves must be 0 without texture_weight, got {texture_octaves}")
         if texture_weight and schedule.image_size < TEXTURE_WINDOW << texture_octaves:
             raise ValueError(
                 f"texture_octaves must leave {TEXTURE_WINDOW} px of an image, got {texture_octaves} for images of "
