@@ -106,7 +106,7 @@ def test_tables_are_made_anew_from_the_figures(tmp_path: Path) -> None:
         "var": {1: {"fd/real": 100.0, "settled": 0.01}}}})  # fmt: skip
     (tmp_path / "longer" / "inputs.json").write_text('{"inputs": {"tokenizer_effort": 4.0, "effort": 3.0}}')
     longer = renewed("<!-- table: race study:0-1:longer -->\n\n", tmp_path).splitlines()[4]
-    assert longer.startswith("| 2000 / 1200 against 1250 / 1200 | 0 to 1 | 100 | 108 ± 2.1 | +9.5 | nan |")
+    assert longer.startswith("| 2000 / 1200 against 1250 / 1200 | 0 to 1 | 100 | 108 ± 2.1 | +9.5 | - |")
     for wrong in ("arms nowhere", "arms study --arms fvar", "arms study --columns width"):
         with pytest.raises(ValueError, match=f"no table can be made of '{wrong}'"):
             renewed(f"<!-- table: {wrong} -->\n\n", tmp_path)
